@@ -1,0 +1,1 @@
+"""Fine-tune a model in the memory you already need to run it."""

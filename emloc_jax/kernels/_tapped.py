@@ -1,0 +1,151 @@
+"""A kernel that measures what flows through it: second moments as cotangents."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from emloc_jax.errors import MaskShapeError
+from emloc_jax.kernels._box import Box, peel
+from emloc_jax.kernels._layout import Layout
+
+__all__ = ["TappedKernel", "tap_gradient", "tap_input"]
+
+
+@struct.dataclass
+class TappedKernel(Box):
+    """Stands for `kernel`, and turns the second moments of its traffic into cotangents.
+
+    `moment`, `count` and `gradient` are phantoms: zeros that take part in nothing. Under
+    `jax.grad` of a scalar of the model's output, however, their cotangents are exactly
+
+        moment -> sum x x^T      count -> number of tokens      gradient -> sum g g^T
+
+    over the tokens where `mask` is true, with `x` the kernel's input row and `g` the gradient of
+    the scalar at its output row; sums in fp32 at the highest matmul precision. The first two do not
+    depend on the scalar, so XLA drops the rest of the backward pass when only they are asked for.
+    A phantom left None is not measured. This works under scan, remat, jit and vmap, and for
+    parameters that a scan broadcasts, where mutable collections do not.
+
+    Attributes:
+      kernel: the kernel, an array in the module's layout or another box.
+      moment: fp32 `(*stack, d_in, d_in)` or None.
+      count: fp32 `(*stack,)` or None.
+      gradient: fp32 `(*stack, d_out, d_out)` or None.
+      mask: bool `(*stack, *token axes)` or None for "every token counts".
+      layout: axes of the kernel that the module expects (static).
+    """
+
+    kernel: Any
+    moment: jax.Array | None = None
+    count: jax.Array | None = None
+    gradient: jax.Array | None = None
+    mask: jax.Array | None = None
+    layout: Layout = struct.field(pytree_node=False, default=Layout())
+
+    def unbox(self) -> jax.Array:
+        """The kernel itself; a tap that is unboxed measures nothing, so its count stays zero."""
+        kernel = peel(self.kernel)
+        return kernel.unbox() if isinstance(kernel, Box) else kernel
+
+
+@jax.custom_vjp
+def _with_cotangent(value: jax.Array, phantom: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Identity on `value`; the cotangent of `phantom` is `cotangent`."""
+    return value
+
+
+def _with_cotangent_fwd(value, phantom, cotangent):
+    return value, cotangent
+
+
+def _with_cotangent_bwd(cotangent, g):
+    return g, cotangent, jnp.zeros_like(cotangent)
+
+
+_with_cotangent.defvjp(_with_cotangent_fwd, _with_cotangent_bwd)
+
+
+@jax.custom_vjp
+def _with_gradient_moment(
+    rows: jax.Array, phantom: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    """Identity on `rows (n, d)`; the cotangent of `phantom` is the sum of `g g^T` over rows."""
+    return rows
+
+
+def _with_gradient_moment_fwd(rows, phantom, weights):
+    return rows, weights
+
+
+def _with_gradient_moment_bwd(weights, g):
+    return g, _gram(g, weights), None if weights is None else jnp.zeros_like(weights)
+
+
+_with_gradient_moment.defvjp(_with_gradient_moment_fwd, _with_gradient_moment_bwd)
+
+
+def tap_input(y: jax.Array, rows: jax.Array, tap: TappedKernel, where: str) -> jax.Array:
+    """Ties the input's second moment to `y`, the kernel's output.
+
+    Args:
+      y: the kernel's output; returned unchanged.
+      rows: the kernel's input, `(*token axes, d_in)` in the kernel's order of inputs.
+      tap: the box that asks.
+      where: name of the module, for the error.
+
+    Raises:
+      MaskShapeError: the mask does not fit the token axes.
+    """
+    if tap.moment is None and tap.count is None:
+        return y
+    weights = _token_weights(tap.mask, rows.shape[:-1], where)
+    rows = jax.lax.stop_gradient(rows.reshape(-1, rows.shape[-1]))
+    if tap.moment is not None:
+        y = _with_cotangent(y, tap.moment, _gram(rows, weights))
+    if tap.count is not None:
+        total = jnp.float32(rows.shape[0]) if weights is None else weights.sum()
+        y = _with_cotangent(y, tap.count, total)
+    return y
+
+
+def tap_gradient(rows: jax.Array, tap: TappedKernel, where: str) -> jax.Array:
+    """Ties the second moment of the gradient at `rows (*token axes, d_out)` to the rows."""
+    if tap.gradient is None:
+        return rows
+    weights = _token_weights(tap.mask, rows.shape[:-1], where)
+    flat = rows.reshape(-1, rows.shape[-1])
+    return _with_gradient_moment(flat, tap.gradient, weights).reshape(rows.shape)
+
+
+def _gram(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """`sum w x x^T` over rows `(n, d)` in fp32; rows of weight zero may hold anything."""
+    rows = rows.astype(jnp.float32)
+    if weights is not None:
+        rows = jnp.where(weights[:, None] > 0, rows, 0.0)
+    return jnp.einsum(
+        "ni,nj->ij",
+        rows,
+        rows,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _token_weights(mask: jax.Array | None, tokens: tuple[int, ...], where: str) -> jax.Array | None:
+    """Flattens `mask` to one fp32 weight per row of an input with these token axes."""
+    if mask is None:
+        return None
+    if mask.shape == tokens or mask.size == math.prod(tokens):
+        return mask.reshape(-1).astype(jnp.float32)
+    if mask.ndim < len(tokens) and tokens[: mask.ndim] == mask.shape:
+        extra = len(tokens) - mask.ndim
+        mask = jnp.broadcast_to(mask.reshape(*mask.shape, *(1,) * extra), tokens)
+        return mask.reshape(-1).astype(jnp.float32)
+    raise MaskShapeError(
+        f"The mask has shape {mask.shape} but {where} reads an input with token axes {tokens}. "
+        "The mask must have those axes or a leading part of them; calibrate this kernel without a "
+        "mask or leave it out."
+    )
