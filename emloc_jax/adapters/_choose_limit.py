@@ -1,0 +1,115 @@
+"""The bound on the correction, chosen by the loss of the corrected original model."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from emloc_jax.adapters._adapter import Adapter
+from emloc_jax.adapters._attach import attach
+from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
+from emloc_jax.adapters._problem import HasSum, problems
+from emloc_jax.errors import NonFiniteError, NoTokensError
+
+__all__ = ["CANDIDATES", "choose_limit"]
+
+CANDIDATES = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
+
+logger = logging.getLogger(__name__)
+
+
+def choose_limit(
+    adapters: Mapping[str, Adapter],
+    params: Mapping[str, Any],
+    emulator: Mapping[str, Any],
+    loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
+    batches: Iterable[Any],
+    *,
+    candidates: Sequence[float] = CANDIDATES,
+    moments: Mapping[str, HasSum] | None = None,
+    bound: Bound = "row",
+) -> tuple[float, dict[float, float]]:
+    """Measures every candidate limit on calibration batches and returns the best.
+
+    The loss is that of the *original* model with the corrected adapters attached. Forward passes
+    only, one compilation for all candidates (per batch shape), one pass over `batches`. The limit
+    0, no correction, always takes part, so the choice is never worse than the uncorrected adapters
+    on these batches.
+
+    Args:
+      adapters: as trained on the emulator.
+      params: the original parameters.
+      emulator: what the adapters were trained on.
+      loss: `loss(params, batch) -> (sum, weight)`, with an intercepted apply; jitted here.
+      batches: the calibration set.
+      candidates: limits to try besides 0.
+      moments: see `correct`.
+      bound: see `correct`.
+
+    Returns:
+      The limit with the lowest mean loss (the smaller one on ties), and {limit: mean loss}.
+
+    Raises:
+      NoTokensError: no batch, or a total weight of 0.
+      NonFiniteError: the uncorrected adapters have no finite loss.
+      AdapterMismatchError, MomentShapeError, RatioError: see `correct`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 1))}
+      >>> adapters = {"kernel": Adapter(jnp.ones((2, 1)), jnp.ones((1, 1)), alpha=1.0)}
+      >>> def loss(params, x):
+      ...     return (x @ params["kernel"].unbox()).sum(), x.shape[0]
+      >>> choose_limit(adapters, params, params, loss, [jnp.ones((3, 2))], candidates=(1.0,))
+      (0.0, {0.0: 4.0, 1.0: 4.0})
+    """
+    for limit in candidates:
+        check_limit(limit, bound)
+    work = problems(adapters, params, emulator, moments)
+    limits = sorted({0.0, *map(float, candidates)})
+    trials = _trials(work, limits, bound)
+    params = jax.device_put(params)  # once, if they still lie on the host
+    evaluate = jax.jit(lambda params, trial, batch: loss(attach(params, trial), batch))
+
+    totals = {limit: np.zeros(2) for limit in limits}
+    for batch in batches:
+        measured = {limit: evaluate(params, trials[limit], batch) for limit in limits}
+        for limit, pair in measured.items():
+            totals[limit] += np.asarray([float(value) for value in pair])
+    return _best(totals)
+
+
+def _trials(work, limits, bound) -> dict[float, dict[str, Adapter]]:
+    """Adapters of every limit; equal in structure, so that they share one compilation."""
+    trials: dict[float, dict[str, Adapter]] = {limit: {} for limit in limits}
+    for problem in work:
+        terms = problem.terms()
+        for limit in limits:
+            trials[limit][problem.path] = (
+                problem.adapter.with_matrices(terms.basis, apply_bound(terms, limit, bound=bound))
+                if limit > 0
+                else problem.adapter
+            )
+    return trials
+
+
+def _best(totals: dict[float, np.ndarray]) -> tuple[float, dict[float, float]]:
+    weight = totals[0.0][1]
+    if not weight > 0:
+        raise NoTokensError(
+            "The limit cannot be chosen: the calibration batches are empty or every token has "
+            "weight 0. Pass batches with completion tokens, or give a number as the limit."
+        )
+    table = {limit: float(total / weight) for limit, (total, weight) in totals.items()}
+    if not math.isfinite(table[0.0]):
+        raise NonFiniteError(
+            f"The original model with the uncorrected adapters has loss {table[0.0]} on the "
+            "calibration batches. Check the adapters and the data."
+        )
+    finite = {limit: value for limit, value in table.items() if math.isfinite(value)}
+    best = min(finite, key=lambda limit: (finite[limit], limit))
+    logger.info("limit %g chosen: loss %.4f against %.4f", best, table[best], table[0.0])
+    return best, table
