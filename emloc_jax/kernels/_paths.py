@@ -46,7 +46,7 @@ def set_leaves(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str
       {'head': {'kernel': 7, 'bias': 2}}
     """
     result = dict(params)
-    copied = {()}  # Branches that are already copies of ours.
+    copied: set[tuple[str, ...]] = {()}  # Branches that are already copies of ours.
     for path, leaf in leaves.items():
         *branch, name = path.split("/")
         get_leaf(params, path)

@@ -1,0 +1,71 @@
+"""Training: rows, batches, loss, optimizer, step, loop, evaluation."""
+
+from emloc_jax.training._batches import Batches, BatchIterator, packed_batches, padded_batches
+from emloc_jax.training._chat import prompt_text
+from emloc_jax.training._encode import Example, encode_rows, prompt_tokens
+from emloc_jax.training._evaluate import (
+    Answer,
+    GenerationReport,
+    LossReport,
+    evaluate_generation,
+    evaluate_loss,
+)
+from emloc_jax.training._hub_rows import read_hub_rows
+from emloc_jax.training._loop import TrainResult, train
+from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_loss
+from emloc_jax.training._metrics_file import read_metrics
+from emloc_jax.training._optimizer import decays, make_optimizer, make_schedule
+from emloc_jax.training._padding import pad_examples
+from emloc_jax.training._rows import Row, read_rows
+from emloc_jax.training._run_checkpoints import RunCheckpoints
+from emloc_jax.training._scores import (
+    Score,
+    exact_match,
+    json_equal,
+    last_number,
+    register_score,
+    score_named,
+)
+from emloc_jax.training._state import TrainState, init_state
+from emloc_jax.training._step import Combine, TrainStep, make_train_step
+
+__all__ = [
+    "Answer",
+    "BatchIterator",
+    "Batches",
+    "Combine",
+    "Example",
+    "GenerationReport",
+    "Loss",
+    "LossReport",
+    "Row",
+    "RunCheckpoints",
+    "Score",
+    "TrainResult",
+    "TrainState",
+    "TrainStep",
+    "chunked_cross_entropy",
+    "decays",
+    "encode_rows",
+    "evaluate_generation",
+    "evaluate_loss",
+    "exact_match",
+    "init_state",
+    "json_equal",
+    "last_number",
+    "make_loss",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "packed_batches",
+    "pad_examples",
+    "padded_batches",
+    "prompt_text",
+    "prompt_tokens",
+    "read_hub_rows",
+    "read_metrics",
+    "read_rows",
+    "register_score",
+    "score_named",
+    "train",
+]

@@ -1,0 +1,155 @@
+"""Training rows: a prompt with its completion, or a chat, each with the place it came from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from emloc_jax.errors import ConfigError, DataError
+from emloc_jax.training._records import read_records
+
+__all__ = ["Row", "read_rows"]
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = ("prompt", "completion", "messages")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: either `prompt` and `completion`, or `messages`.
+
+    Attributes:
+        origin: where the row stands, for messages: `data.jsonl:12` or `row 12`.
+        prompt: text that is given.
+        completion: text that is learnt.
+        messages: the turns of a chat, `{"role": ..., "content": ...}` each.
+    """
+
+    origin: str
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def reference(self) -> str:
+        """The text a good answer equals: the completion, or the last assistant turn."""
+        if self.messages is None:
+            return self.completion or ""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "assistant")
+
+
+def read_rows(
+    source: str | PathLike[str] | Iterable[Mapping[str, Any]],
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Rows of a JSONL, JSON or CSV file, or of any iterable of mappings (HF `datasets` too).
+
+    Args:
+        source: a path that ends in `.jsonl`, `.json` (a list of objects) or `.csv`, or an
+            iterable of mappings.
+        columns: `{"prompt": ..., "completion": ...}` or `{"messages": ...}` in terms of the
+            source's own columns. A value with braces is a template over the columns. Without it
+            the source must have these very names.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        DataError: no row, or a malformed one (the message names file and line).
+        ConfigError: an unknown key in `columns`.
+
+    Example:
+        >>> rows = read_rows(
+        ...     [{"question": "1 + 1?", "answer": "2"}],
+        ...     columns={"prompt": "Question: {question}\\nAnswer:", "completion": " {answer}"},
+        ... )
+        >>> rows[0].prompt, rows[0].completion, rows[0].origin
+        ('Question: 1 + 1?\\nAnswer:', ' 2', 'row 1')
+    """
+    if columns is not None:
+        _check_columns(columns)
+    if isinstance(source, str | PathLike):
+        records, name = read_records(source), str(source)
+    else:
+        records, name = ((f"row {i}", r) for i, r in enumerate(source, 1)), "the given rows"
+    rows = [_row(origin, record, columns) for origin, record in records]
+    if not rows:
+        raise DataError(f"{name}: no row found; at least one is needed.")
+    logger.info("%s: %d rows", name, len(rows))
+    return rows
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+    unknown = sorted(set(columns) - set(_FIELDS))
+    chat, pair = "messages" in columns, {"prompt", "completion"} <= set(columns)
+    if unknown or chat == pair or (chat and len(columns) > 1):
+        raise ConfigError(
+            f"columns has the keys {sorted(columns)}; it must have 'prompt' and 'completion', "
+            "or 'messages' alone."
+        )
+
+
+def _row(origin: str, record: Any, columns: Mapping[str, str] | None) -> Row:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{origin}: a row is an object with named fields, found {record!r:.60}.")
+    if columns is None:
+        columns = _guess(origin, record)
+    values = {field: _value(origin, record, column) for field, column in columns.items()}
+    if "messages" in values:
+        return Row(origin, messages=_messages(origin, values["messages"]))
+    for field, value in values.items():
+        if not isinstance(value, str):
+            raise DataError(
+                f"{origin}: the {field} (column {columns[field]!r}) must be text, "
+                f"found {type(value).__name__} {value!r:.60}."
+            )
+    if not values["completion"].strip():
+        raise DataError(f"{origin}: the completion is empty, so there is nothing to learn.")
+    return Row(origin, prompt=values["prompt"], completion=values["completion"])
+
+
+def _guess(origin: str, record: Mapping[str, Any]) -> dict[str, str]:
+    chat, pair = "messages" in record, "prompt" in record and "completion" in record
+    if chat and pair:
+        raise DataError(
+            f"{origin}: the row has 'messages' and also 'prompt' and 'completion'; "
+            "say with columns which of them to use."
+        )
+    if not chat and not pair:
+        raise DataError(
+            f"{origin}: the row has the fields {sorted(map(str, record))}; it needs 'prompt' and "
+            "'completion', or 'messages'. Map other names with columns."
+        )
+    return {"messages": "messages"} if chat else {"prompt": "prompt", "completion": "completion"}
+
+
+def _value(origin: str, record: Mapping[str, Any], column: str) -> Any:
+    filled = {key: value for key, value in record.items() if value is not None}
+    try:
+        return column.format_map(filled) if "{" in column else filled[column]
+    except (KeyError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{origin}: column {column!r} cannot be filled ({type(error).__name__}: {error}); "
+            f"the row fills the fields {sorted(map(str, filled))}."
+        ) from error
+
+
+def _messages(origin: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"{origin}: messages must be a list of turns, found {value!r:.60}.")
+    for turn, message in enumerate(value, 1):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(
+                f"{origin}: turn {turn} of messages must have a textual 'role' and 'content', "
+                f"found {message!r:.80}."
+            )
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in value):
+        raise DataError(f"{origin}: messages has no assistant turn, so there is nothing to learn.")
+    return tuple(value)
