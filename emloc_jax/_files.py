@@ -19,7 +19,8 @@ from emloc_jax.errors import CheckpointError, OutputExistsError
 __all__ = ["check_new", "new_directory", "new_file"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
+# What other writers say of a full disk; the last is numpy's, whose error carries no number.
+_FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded", "requested and")
 
 
 def check_new(path: str | os.PathLike, overwrite: bool = False) -> Path:

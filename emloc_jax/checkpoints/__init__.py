@@ -1,0 +1,17 @@
+"""Models and adapters on disk: Hugging Face folders, GGUF, PEFT adapters, emulators, Orbax."""
+
+from emloc_jax.checkpoints._emulator_config import EmulatorConfig as EmulatorConfig
+from emloc_jax.checkpoints._emulator_folder import load_emulator as load_emulator
+from emloc_jax.checkpoints._emulator_folder import save_emulator as save_emulator
+from emloc_jax.checkpoints._fingerprint import base_fingerprint as base_fingerprint
+from emloc_jax.checkpoints._fingerprint import calibration_fingerprint as calibration_fingerprint
+from emloc_jax.checkpoints._load_adapter import AdapterInfo as AdapterInfo
+from emloc_jax.checkpoints._load_adapter import adapter_info as adapter_info
+from emloc_jax.checkpoints._load_adapter import load_adapter as load_adapter
+from emloc_jax.checkpoints._orbax import load_orbax as load_orbax
+from emloc_jax.checkpoints._orbax import save_orbax as save_orbax
+from emloc_jax.checkpoints._pretrained import Pretrained as Pretrained
+from emloc_jax.checkpoints._pretrained import load_pretrained as load_pretrained
+from emloc_jax.checkpoints._save_adapter import save_adapter as save_adapter
+from emloc_jax.checkpoints._save_pretrained import save_pretrained as save_pretrained
+from emloc_jax.checkpoints._smollm2 import smollm2_path as smollm2_path

@@ -1,0 +1,184 @@
+"""Emulators on disk: factors of the compressed kernels, and all other parameters as they are.
+
+The folder is self-contained: it opens at the emulator's size and without the base, whose identity
+it carries. `emulator.safetensors` holds a compressed kernel as `<path>/left` and `<path>/right`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emloc_jax._files import new_directory
+from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, WORDS, all_finite
+from emloc_jax.checkpoints._emulator_config import EmulatorConfig
+from emloc_jax.checkpoints._fingerprint import base_fingerprint
+from emloc_jax.checkpoints._hf_check import listed
+from emloc_jax.checkpoints._hf_read import nest
+from emloc_jax.checkpoints._pretrained import Pretrained
+from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
+from emloc_jax.checkpoints._safetensors_write import TensorPlan, planned_bytes, write_safetensors
+from emloc_jax.emulator import CompressionReport
+from emloc_jax.errors import CheckpointError, NonFiniteError
+from emloc_jax.kernels import LowRankKernel, flatten_leaves, is_box, peel
+
+__all__ = ["load_emulator", "save_emulator"]
+
+_WEIGHTS, _CONFIG, _REPORT = "emulator.safetensors", "emulator_config.json", "report.json"
+
+
+def save_emulator(
+    folder: str | os.PathLike,
+    emulator: Mapping[str, Any],
+    report: CompressionReport | None = None,
+    *,
+    base: Pretrained | str | os.PathLike | Mapping[str, Any],
+    rules: Any = None,
+    weighting: str | None = None,
+    calibration: str | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an emulator to a new folder.
+
+    Args:
+      folder: a new folder.
+      emulator: parameter tree whose compressed kernels are `LowRankKernel` boxes.
+      report: what `compress` said, kept as `report.json`; or None.
+      base: the model it was made from, as for `base_fingerprint`.
+      rules: what decided the ranks, as JSON.
+      weighting: how the factorisation was weighted; None: as the report says.
+      calibration: `calibration_fingerprint(moments)`.
+      seed: of the calibration data.
+      overwrite: replace an existing folder, once the new one is complete.
+
+    Returns:
+      The folder's absolute path.
+
+    Raises:
+      OutputExistsError: the folder exists.
+      CheckpointError: a leaf is neither a floating array nor a `LowRankKernel`, or the disk is
+        full.
+      NonFiniteError: a leaf has infinite or NaN entries.
+
+    >>> import tempfile
+    >>> base = {"up": {"kernel": jnp.ones((4, 6))}}
+    >>> emulator = {"up": {"kernel": LowRankKernel(jnp.ones((4, 1)), jnp.ones((1, 6)))}}
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     folder = save_emulator(home + "/emulator", emulator, base=base)
+    ...     load_emulator(folder, base)["up"]["kernel"].rank
+    1
+    """
+    arrays: dict[str, Any] = {}
+    ranks, layouts = {}, {}
+    for path, leaf in flatten_leaves(emulator).items():
+        leaf = peel(leaf)
+        if isinstance(leaf, LowRankKernel):
+            arrays[f"{path}/left"], arrays[f"{path}/right"] = peel(leaf.left), peel(leaf.right)
+            ranks[path], layouts[path] = leaf.rank, leaf.layout
+        elif is_box(leaf):
+            raise CheckpointError(
+                f"The leaf '{path}' is a {type(leaf).__name__}; an emulator holds arrays and "
+                "LowRankKernel boxes. Save the tree that compress returned."
+            )
+        else:
+            arrays[path] = leaf
+    odd = [path for path, array in arrays.items() if np.dtype(array.dtype) not in WORDS]
+    if odd:
+        raise CheckpointError(f"These leaves are not fp32, fp16 or bf16: {', '.join(odd[:8])}.")
+    plans = [TensorPlan(p, WORDS[np.dtype(a.dtype)], tuple(a.shape)) for p, a in arrays.items()]
+    name = base.source if isinstance(base, Pretrained) else base
+    config = EmulatorConfig(
+        base="" if isinstance(name, Mapping) else str(name),
+        base_fingerprint=base_fingerprint(base),
+        ranks=ranks,
+        layouts=layouts,
+        rules=rules,
+        weighting=report.weighting if weighting is None and report else weighting,
+        calibration_fingerprint=calibration,
+        seed=seed,
+    )
+    with new_directory(folder, overwrite, needs=planned_bytes(plans)) as partial:
+        write_safetensors(partial / _WEIGHTS, plans, lambda path: np.asarray(arrays[path]))
+        config.write(partial / _CONFIG)
+        if report is not None:
+            report.save(partial / _REPORT)
+    return Path(folder).absolute()
+
+
+def load_emulator(
+    folder: str | os.PathLike,
+    base: Pretrained | str | os.PathLike | Mapping[str, Any] | None,
+    *,
+    abstract: bool = False,
+) -> dict[str, Any]:
+    """Read an emulator's parameter tree, at the emulator's size; the base's kernels are not read.
+
+    Args:
+      folder: written by `save_emulator`.
+      base: the model it must have been made from; None: whatever it was made from.
+      abstract: give `jax.ShapeDtypeStruct`s for the arrays, to plan with.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or corrupt, factors are missing or do not fit
+        their config, or the emulator was made from another base.
+      NonFiniteError: a leaf has infinite or NaN entries.
+    """
+    folder = Path(folder)
+    config = EmulatorConfig.read(folder / _CONFIG)
+    if base is not None and base_fingerprint(base) != config.base_fingerprint:
+        name = base.source if isinstance(base, Pretrained) else "the base given"
+        raise CheckpointError(
+            f"The emulator in {folder} was made from {config.base!r}, whose weights are not those "
+            f"of {name}. Give that base, or make an emulator of this one."
+        )
+    source = SafetensorsSource([folder / _WEIGHTS])
+    _check(source, config, folder)
+    infinite = []
+
+    def read(name: str) -> Any:
+        info = source.tensors[name]
+        if abstract:
+            return jax.ShapeDtypeStruct(info.shape, NUMPY_DTYPES[info.dtype])
+        array = source.read(name)
+        if not all_finite(array):
+            infinite.append(name)
+        return jnp.asarray(array)
+
+    leaves: dict[str, Any] = {}
+    for name in source.tensors:
+        path, _, side = name.rpartition("/")
+        if path not in config.ranks:
+            leaves[name] = read(name)
+        elif side == "left":
+            right = read(f"{path}/right")
+            leaves[path] = LowRankKernel(read(name), right, layout=config.layouts[path])
+    if infinite:
+        raise NonFiniteError(
+            f"The emulator in {folder} has infinite or NaN entries at:\n{listed(infinite)}\n"
+            "Make it again."
+        )
+    return nest(leaves)
+
+
+def _check(source: SafetensorsSource, config: EmulatorConfig, folder: Path) -> None:
+    """Both factors of every compressed kernel are there, and of the rank the config says."""
+    problems = []
+    for path, rank in config.ranks.items():
+        left, right = (source.tensors.get(f"{path}/{side}") for side in ("left", "right"))
+        if left is None or right is None:
+            problems.append(f"{path}: {'left' if left is None else 'right'} is missing")
+            continue
+        stack = len(left.shape) - 1 - config.layouts[path].num_in
+        if stack < 0 or left.shape[-1] != rank or right.shape[stack : stack + 1] != (rank,):
+            problems.append(f"{path}: rank {rank}, but left {left.shape}, right {right.shape}")
+        elif path in source.tensors:
+            problems.append(f"{path}: stored both whole and as factors")
+    if problems:
+        raise CheckpointError(
+            f"The emulator in {folder} is incomplete:\n{listed(problems)}\nMake it again."
+        )

@@ -1,0 +1,80 @@
+"""One name per layer for every parameter, whether the tree is unrolled or scanned."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from emloc_jax.kernels import flatten_leaves, materialize
+
+__all__ = ["LayerLeaf", "is_scanned", "layer_leaves", "scanned_path"]
+
+_UNROLLED = re.compile(r"layers/(\d+)/(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLeaf:
+    """One layer's share of a leaf: the leaf itself, or slice `layer` of a stacked one."""
+
+    leaf: Any
+    layer: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this layer's share stands for; nothing is computed."""
+        shape = jax.eval_shape(materialize, self.leaf).shape
+        return shape if self.layer is None else shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of that array."""
+        return np.dtype(jax.eval_shape(materialize, self.leaf).dtype)
+
+    def array(self) -> np.ndarray:
+        """The parameter as a numpy array; a box is turned into its array, for this layer only."""
+        leaf = self.leaf
+        if self.layer is not None:
+            leaf = jax.tree.map(lambda x: x[self.layer], leaf)
+        return np.asarray(materialize(leaf))
+
+
+def is_scanned(paths: Any) -> bool:
+    """Whether paths below `layers/` carry no layer number, so that their leaves are stacked.
+
+    >>> is_scanned(["layers/mlp/up_proj/kernel"]), is_scanned(["layers/3/mlp/up_proj/kernel"])
+    (True, False)
+    """
+    return any(path.startswith("layers/") and not _UNROLLED.fullmatch(path) for path in paths)
+
+
+def scanned_path(path: str) -> tuple[str, int | None]:
+    """Path and layer in the scanned tree of an unrolled path.
+
+    >>> scanned_path("layers/3/mlp/up_proj/kernel"), scanned_path("norm/scale")
+    (('layers/mlp/up_proj/kernel', 3), ('norm/scale', None))
+    """
+    match = _UNROLLED.fullmatch(path)
+    return (f"layers/{match[2]}", int(match[1])) if match else (path, None)
+
+
+def layer_leaves(params: Mapping[str, Any]) -> dict[str, LayerLeaf]:
+    """Every parameter of the tree under its unrolled path; nothing is sliced or copied yet.
+
+    >>> import numpy as np
+    >>> sorted(layer_leaves({"layers": {"norm": {"scale": np.ones((2, 4))}}}))
+    ['layers/0/norm/scale', 'layers/1/norm/scale']
+    """
+    leaves = flatten_leaves(params)
+    if not is_scanned(leaves):
+        return {path: LayerLeaf(leaf, None) for path, leaf in leaves.items()}
+    split = {}
+    for path, leaf in leaves.items():
+        if not path.startswith("layers/"):
+            split[path] = LayerLeaf(leaf, None)
+            continue
+        for i in range(jax.tree.leaves(leaf)[0].shape[0]):
+            split[f"layers/{i}/{path.removeprefix('layers/')}"] = LayerLeaf(leaf, i)
+    return split

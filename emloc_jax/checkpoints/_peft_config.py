@@ -1,0 +1,209 @@
+"""PEFT's `adapter_config.json`: what is written, and what of it can be honoured when read."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emloc_jax.adapters import Adapter
+from emloc_jax.errors import AdapterMismatchError, CheckpointError
+
+__all__ = ["PeftScales", "peft_config", "read_peft_config"]
+
+# Options of peft.LoraConfig that change the forward pass, the base weights or the set of tensors
+# in a way that an `Adapter` cannot express. They are refused unless unset.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+# Options that matter only while training or while the adapter is made.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+    "velora_config",
+}
+# Initialisations after which the base keeps its own weights; the others (pissa, olora, corda,
+# loftq, lora_ga) take something away from them.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class PeftScales(NamedTuple):
+    """Rank and alpha of every module, as PEFT resolves them from defaults and patterns."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank and alpha of one module; the first pattern that ends its name wins."""
+        return (
+            _resolve(self.rank_pattern, module, self.rank),
+            _resolve(self.alpha_pattern, module, self.alpha),
+        )
+
+
+def peft_config(
+    modules: Mapping[str, Adapter], every: Iterable[str], base_name: str, dropout: float
+) -> dict[str, Any]:
+    """The `adapter_config.json` of adapters given by module name.
+
+    Args:
+      modules: one adapter per module, `model.layers.0.self_attn.q_proj`.
+      every: all linear modules of the base, so that `target_modules` can be short.
+      base_name: `base_model_name_or_path`.
+      dropout: `lora_dropout`, which acts in further training only.
+
+    Raises:
+      AdapterMismatchError: some adapters use rsLoRA and others do not, which PEFT cannot say.
+    """
+    rslora = {adapter.rslora for adapter in modules.values()}
+    if len(rslora) > 1:
+        raise AdapterMismatchError(
+            "Some adapters use rsLoRA and others do not; a PEFT adapter has one use_rslora for "
+            "all. Save them as two adapters."
+        )
+    ranks = {module: adapter.rank for module, adapter in modules.items()}
+    alphas = {module: _number(adapter.alpha) for module, adapter in modules.items()}
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alphas)
+    return {
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "target_modules": _targets(set(modules), every),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": rslora.pop(),
+    }
+
+
+def read_peft_config(folder: Path) -> PeftScales:
+    """Scales of a PEFT LoRA folder, once everything in its config is known to be honoured.
+
+    Raises:
+      CheckpointError: the file is missing or unreadable.
+      AdapterMismatchError: it is no plain LoRA adapter; every offending option is named.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no adapter_config.json, so it is no PEFT adapter.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        refused = _unsupported(config)
+        scales = PeftScales(
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
+            {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+            bool(config.get("use_rslora", False)),
+        )
+        for pattern in (*scales.rank_pattern, *scales.alpha_pattern):
+            re.compile(pattern)
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise CheckpointError(f"{file} is no PEFT config: {error!r}. Get it again.") from error
+    if refused:
+        raise AdapterMismatchError(
+            f"{file} asks for {', '.join(refused)}; only plain LoRA on linear layers is supported. "
+            "Merge the adapter with peft's merge_and_unload, or train it without these options."
+        )
+    return scales
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    refused = [f"{key}={config[key]!r}" for key in _REFUSED if config.get(key)]
+    if config.get("peft_type") != "LORA":
+        refused.append(f"peft_type={config.get('peft_type')!r}")
+    if config.get("bias", "none") != "none":
+        refused.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        refused.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    unknown = set(config) - _HARMLESS - set(_REFUSED)
+    return refused + [f"{key}={config[key]!r} (unknown)" for key in sorted(unknown) if config[key]]
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and the modules that have another: by last name where that suffices."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    by_end: dict[str, set[Any]] = {}
+    for module, value in values.items():
+        by_end.setdefault(module.rsplit(".", 1)[-1], set()).add(value)
+    patterns = {}
+    for module, value in values.items():
+        if value != common:
+            end = module.rsplit(".", 1)[-1]
+            patterns[end if len(by_end[end]) == 1 else module] = value
+    return common, patterns
+
+
+def _targets(modules: set[str], every: Iterable[str]) -> list[str]:
+    """`q_proj` where all modules of that name have an adapter, else the full names."""
+    ends: dict[str, set[str]] = {}
+    for module in every:
+        ends.setdefault(module.rsplit(".", 1)[-1], set()).add(module)
+    names = set()
+    for module in modules:
+        end = module.rsplit(".", 1)[-1]
+        names.add(end if ends.get(end, {module}) <= modules else module)
+    return sorted(names)
+
+
+def _resolve(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _number(value: float) -> float:
+    return int(value) if math.isfinite(value) and value == int(value) else value

@@ -1,0 +1,136 @@
+"""A pretrained decoder with everything that belongs to it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from emloc_jax.checkpoints._gguf_source import GgufSource
+from emloc_jax.checkpoints._gguf_tokenizer import tokenizer_from_gguf
+from emloc_jax.checkpoints._hf_check import check_tensors
+from emloc_jax.checkpoints._hf_read import parameter_dtype, parameter_shapes, read_params
+from emloc_jax.checkpoints._locate import locate
+from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
+from emloc_jax.errors import CheckpointError
+from emloc_jax.models import Decoder, DecoderConfig
+
+__all__ = ["Pretrained", "load_pretrained", "open_source"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A decoder, its parameters, its tokenizer, and where they came from.
+
+    Attributes:
+      config: the decoder's shape.
+      model: the linen module; `model.apply({"params": params}, tokens)`.
+      params: nested dictionary of arrays, or of `jax.ShapeDtypeStruct` if loaded abstract.
+      tokenizer: a `transformers` tokenizer, or None.
+      source: the folder or GGUF file it was read from (a hub id: its folder in the cache).
+      hf_config: the parsed `config.json`, whole (for GGUF: one made from the metadata).
+    """
+
+    config: DecoderConfig
+    model: Decoder
+    params: dict[str, Any]
+    tokenizer: Any
+    source: Path
+    hf_config: dict[str, Any]
+
+
+def load_pretrained(
+    source: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    compute_dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+    tokenizer: bool = True,
+    abstract: bool = False,
+    revision: str | None = None,
+) -> Pretrained:
+    """Load a decoder of the Llama family.
+
+    Config, headers, file sizes, names and shapes are checked before any number is read; then each
+    tensor is read from a memory map on its own. Every parameter must have exactly one tensor and
+    every tensor exactly one parameter.
+
+    Args:
+      source: a Hugging Face folder (one safetensors file, or shards with an index), a hub id, or
+        a `.gguf` file, which is dequantised to fp32.
+      dtype: of the parameters; None: as stored.
+      compute_dtype: of the computation, fp32 or bf16.
+      scan_layers: stack the layers' parameters and scan over them.
+      remat: recompute each block in the backward pass.
+      tokenizer: load the tokenizer too, if there is one.
+      abstract: give shapes and dtypes instead of arrays, from the headers alone, to plan with.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      CheckpointError: a file is missing, truncated, corrupt, or does not fit the config.
+      NonFiniteError: infinite or NaN weights.
+      UnsupportedArchitectureError: a family, or an option of one, that is not implemented.
+
+    >>> load_pretrained("runs/no such folder")
+    Traceback (most recent call last):
+    emloc_jax.errors.CheckpointError: There is no runs/no such folder. Give a Hugging Face folder...
+    """
+    wanted = parameter_dtype(dtype)
+    path = locate(source, revision)
+    weights, hf_config = open_source(path)
+    config = DecoderConfig.from_hf(hf_config)
+    check_tensors(weights, config, str(path))
+    words = _tokenizer(path, weights) if tokenizer else None
+    read = parameter_shapes if abstract else read_params
+    model = Decoder(
+        config,
+        dtype=compute_dtype,
+        param_dtype=jnp.float32 if wanted is None else wanted,
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+    params = read(weights, config, wanted, scan_layers)
+    return Pretrained(config, model, params, words, path, hf_config)
+
+
+def open_source(path: Path) -> tuple[SafetensorsSource | GgufSource, dict[str, Any]]:
+    """The weights at `path`, opened but not read, and their Hugging Face config.
+
+    Raises:
+      CheckpointError: see `load_pretrained`.
+    """
+    if path.suffix == ".gguf" and not path.is_dir():
+        source = GgufSource(path)
+        return source, source.hf_config
+    config = path / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{path} holds no config.json, so it is no Hugging Face folder.")
+    try:
+        hf_config = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(hf_config, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{config} cannot be read: {error}. Get it again.") from error
+    DecoderConfig.from_hf(hf_config)  # an unsupported model is told before missing weights are
+    return SafetensorsSource.of_folder(path), hf_config
+
+
+def _tokenizer(path: Path, weights: SafetensorsSource | GgufSource) -> Any:
+    if isinstance(weights, GgufSource):
+        return tokenizer_from_gguf(weights.metadata)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # slow to import, so only where needed
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The tokenizer in {path} cannot be loaded: {error}. Repair its files, or load with "
+            "tokenizer=False."
+        ) from error

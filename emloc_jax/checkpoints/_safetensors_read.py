@@ -1,0 +1,132 @@
+"""Safetensors files read through a memory map, one tensor at a time, and checked before that."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES
+from emloc_jax.checkpoints._source import TensorInfo
+from emloc_jax.errors import CheckpointError
+
+__all__ = ["SafetensorsSource", "read_index"]
+
+_AGAIN = "Get the file again from where it came from."
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class SafetensorsSource:
+    """The tensors of one or more safetensors files as one checkpoint.
+
+    Opening reads only the headers: that every header is whole, that the file is as long as its
+    header says, that no tensor occurs twice, and that every type is fp32, fp16 or bf16.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or corrupt, or holds another type.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
+        self._handles, self._starts = {}, {}
+        for file in files:
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"There is no file {file}. {_AGAIN}")
+        try:
+            handle = safe_open(file, framework="np").__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            size = file.stat().st_size
+            raise CheckpointError(
+                f"{file} ({size:,} bytes) is no whole safetensors file: {error}. {_AGAIN}"
+            ) from error
+        self._handles[file], self.metadata[file] = handle, handle.metadata() or {}
+        for name in handle.keys():
+            entry = handle.get_slice(name)
+            dtype = entry.get_dtype()
+            if dtype not in NUMPY_DTYPES:
+                raise CheckpointError(
+                    f"Tensor {name!r} of {file} has type {dtype}; only fp32, fp16 and bf16 "
+                    "are read. Take an unquantised checkpoint of this model."
+                )
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"Tensor {name!r} is in both {self.tensors[name].file} and {file}. {_AGAIN}"
+                )
+            self.tensors[name] = TensorInfo(tuple(entry.get_shape()), dtype, file)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "SafetensorsSource":
+        """The checkpoint of a Hugging Face folder, in one file or in shards with an index.
+
+        Raises:
+          CheckpointError: there are no safetensors, a shard is missing, or index and shards
+            disagree about which tensors there are and where.
+        """
+        if (folder / SINGLE).is_file():
+            return cls([folder / SINGLE])
+        if not (folder / INDEX).is_file():
+            raise CheckpointError(_no_weights(folder))
+        index = read_index(folder / INDEX)
+        files = sorted({folder / shard for shard in index.values()})
+        lost = [file.name for file in files if not file.is_file()]
+        if lost:
+            raise CheckpointError(
+                f"{folder / INDEX} names {len(lost)} missing shard(s): {', '.join(lost)}. "
+                "Put them into the same folder, or download the checkpoint again."
+            )
+        source = cls(files)
+        stored = {name: info.file.name for name, info in source.tensors.items()}
+        wrong = [name for name in index | stored if index.get(name) != stored.get(name)]
+        if wrong:
+            listed = "; ".join(
+                f"{name}: index says {index.get(name, 'nothing')}, found in "
+                f"{stored.get(name, 'no shard')}"
+                for name in wrong[:8]
+            )
+            raise CheckpointError(
+                f"{folder / INDEX} and its shards disagree about {len(wrong)} tensor(s): "
+                f"{listed}. {_AGAIN}"
+            )
+        return source
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, copied out of the memory map, in its stored type."""
+        return self._handles[self.tensors[name].file].get_tensor(name)
+
+    def raw(self, name: str) -> np.ndarray:
+        """The stored bytes of the tensor as a view of the file: (n,) uint8."""
+        file = self.tensors[name].file
+        if file not in self._starts:
+            data = np.memmap(file, np.uint8, mode="r")
+            size = int(data[:8].view("<u8")[0])
+            self._starts[file] = (data, json.loads(bytes(data[8 : 8 + size])), 8 + size)
+        data, header, start = self._starts[file]
+        low, high = header[name]["data_offsets"]
+        return data[start + low : start + high]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The map from tensor name to shard file of a `model.safetensors.index.json`.
+
+    Raises:
+      CheckpointError: the file is no JSON with a `weight_map` of plain file names.
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(Path(shard).name == shard for shard in weight_map.values())
+        if not (plain and weight_map):
+            raise ValueError("its weight_map is empty, or names files outside the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no safetensors index: {error!r}. {_AGAIN}") from error
+    return weight_map
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pth", ".msgpack"})
+    found = f" It holds {', '.join(others[:4])}: save those as safetensors first." if others else ""
+    return f"{folder} has neither {SINGLE} nor {INDEX}.{found}"
