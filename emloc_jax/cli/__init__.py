@@ -1,0 +1,3 @@
+"""The `emloc` command line."""
+
+from emloc_jax.cli._main import main as main

@@ -1,0 +1,272 @@
+"""The whole job: calibrate, emulate, train, correct, merge, evaluate."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from emloc_jax._files import check_new
+from emloc_jax.adapters import Adapter, correction_report, merge
+from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
+from emloc_jax.cli._console import say, status
+from emloc_jax.cli._curves import draw_curves
+from emloc_jax.cli._data import (
+    Dataset,
+    calibration_batches,
+    evaluation_batches,
+    load_rows,
+    training_batches,
+)
+from emloc_jax.cli._options import FinetuneConfig
+from emloc_jax.cli._report import RunReport, StageRow
+from emloc_jax.cli._run import Run
+from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
+from emloc_jax.cli._sizes import inference_memory
+from emloc_jax.cli._stages import (
+    Trained,
+    attach_for_training,
+    calibrate_session,
+    check_emulation,
+    check_emulator_options,
+    check_scores,
+    check_training,
+    correct_session,
+    emulate,
+    new_adapters,
+    parse_limit,
+    score,
+    train_on,
+    write_emulator,
+)
+from emloc_jax.emulator import save_moments
+from emloc_jax.training import evaluate_loss
+
+__all__ = ["finetune"]
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    train_rows: Rows | None = None,
+    test_rows: Rows | None = None,
+) -> RunReport:
+    """Runs `config.method` into the new folder `config.output`.
+
+    Args:
+      config: everything.
+      resume: go on with an unfinished run of the same configuration.
+      train_rows: rows instead of those of `config.data.train`.
+      test_rows: rows instead of those of `config.data.test`.
+
+    Returns:
+      The report that `report.json` holds.
+    """
+    if not resume:
+        check_new(config.output)
+    check_scores(config.eval)
+    if config.method == "emloc":
+        check_emulator_options(config.emulator)
+        if config.correct.limit != "auto":
+            parse_limit(config.correct.limit)
+    session = open_session(config.model, chunk=config.train.chunk)
+    if config.method == "emloc":
+        check_emulation(session, config.emulator)
+    check_training(session, config.train, None if config.method == "full" else config.lora)
+    train_data = load_rows(session, train_rows or config.data.train, config.data)
+    test = test_rows or config.data.test
+    test_data = load_rows(session, test, config.data, first=config.eval.rows) if test else None
+    run = Run(config, resume=resume)  # nothing is written before all of the above is in order
+    job = _Job(config, run, session, train_data, test_data)
+    match config.method:
+        case "emloc":
+            job.emloc()
+        case "lora":
+            job.lora()
+        case "full":
+            job.full()
+    run.write_json("report.json", job.report.to_dict())
+    draw_curves(run.folder)
+    return job.report
+
+
+class _Job:
+    """One run: its inputs, and the report that its stages fill."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        run: Run,
+        session: Session,
+        train_data: Dataset,
+        test_data: Dataset | None,
+    ):
+        self.config, self.run, self.session = config, run, session
+        self.train_data, self.test_data = train_data, test_data
+        self.report = RunReport(config.method)
+
+    def emloc(self) -> None:
+        """Emulator, adapters trained on it, correction, merge."""
+        config, session, params = self.config, self.session, self.session.base.params
+        self.evaluate("zero-shot", params, None)
+        calibration = calibration_batches(
+            self.train_data,
+            config.data,
+            rows=config.emulator.calibration_rows,
+            batch_size=config.emulator.calibration_batch,
+            seed=config.seed,
+        )
+        emulator, moments = self.emulator(calibration)
+        adapters = self.adapters(emulator)
+        self.evaluate("emulator alone", emulator, adapters)
+        self.evaluate("adapter on the original, uncorrected", params, adapters)
+        self.save_adapter("adapter", adapters)
+
+        began = time.perf_counter()
+        corrected, limit, losses = correct_session(
+            session, adapters, emulator, config.correct, calibration, moments
+        )
+        self.report.facts["correction_seconds"] = time.perf_counter() - began
+        self.report.facts["correction limit"] = limit
+        details = correction_report(
+            adapters, params, emulator, limit=limit, bound=config.correct.bound
+        )
+        content = details.to_dict() | {"calibration_loss": {str(k): v for k, v in losses.items()}}
+        self.run.write_json("correction.json", content)
+        self.evaluate("adapter on the original, corrected", params, corrected)
+        self.save_adapter("adapter_corrected", corrected, limit=limit)
+        self.save_merged(merge(params, corrected))
+
+    def lora(self) -> None:
+        """Adapters trained on the original, the baseline that needs more memory."""
+        params = self.session.base.params
+        self.evaluate("zero-shot", params, None)
+        adapters = self.adapters(params)
+        self.evaluate("adapter on the original", params, adapters)
+        self.save_adapter("adapter", adapters)
+        self.save_merged(merge(params, adapters))
+
+    def full(self) -> None:
+        """All parameters, in memory."""
+        self.evaluate("zero-shot", self.session.base.params, None)
+        params = self.train(self.session.base.params, None, None).trainables
+        self.evaluate("all parameters tuned", params, None)
+        self.save_merged(params)
+
+    def emulator(self, calibration: list[Any]) -> tuple[Any, Any]:
+        """The emulator, from its folder if that stage was finished, and the moments if at hand."""
+        config, session, facts = self.config, self.session, self.report.facts
+        moments = None
+        finished = self.run.has("emulator")
+        if not finished or config.correct.weighted:
+            began = time.perf_counter()
+            moments = calibrate_session(session, calibration, config.emulator)
+            facts["calibration_seconds"] = time.perf_counter() - began
+        if finished:
+            emulator = jax.device_put(load_emulator(self.run / "emulator", session.base))
+        else:
+            if moments is not None and config.emulator.save_moments:
+                save_moments(self.run / "moments.safetensors", moments)
+            began = time.perf_counter()
+            emulator, report = emulate(session, moments, config.emulator)
+            facts["factorization_seconds"] = time.perf_counter() - began
+            write_emulator(
+                self.run / "emulator",
+                session,
+                emulator,
+                report,
+                moments,
+                config.emulator,
+                config.seed,
+            )
+        facts["original_bytes"] = byte_size(session.base.params)
+        facts["emulator_bytes"] = byte_size(emulator)
+        return emulator, moments
+
+    def adapters(self, frozen: Any) -> dict[str, Adapter]:
+        """Adapters trained on `frozen`."""
+        adapters = new_adapters(self.session, self.config.lora, self.config.seed)
+        return self.train(adapters, frozen, attach_for_training(self.config.lora)).trainables
+
+    def train(self, trainables: Any, frozen: Any, combine: Any) -> Trained:
+        """Trains with checkpoints in the run's folder."""
+        config, session = self.config, self.session
+        batches = training_batches(
+            self.train_data, config.data, batch_size=config.train.batch_size, seed=config.seed
+        )
+        test = self.test_batches() if config.train.evaluate_every is not None else None
+
+        def test_loss(trainables: Any) -> dict[str, float]:
+            params = trainables if combine is None else combine(trainables, frozen, None)
+            return {"test_loss": evaluate_loss(session.loss, params, test or []).loss}
+
+        trained = train_on(
+            session,
+            trainables,
+            frozen,
+            combine,
+            batches,
+            config.train,
+            seed=config.seed,
+            folder=self.run.folder,
+            resume=self.run.resumed,
+            config={"config": (self.run / "config.yaml").read_text(encoding="utf-8")},
+            evaluate=test_loss if test else None,
+        )
+        facts = self.report.facts
+        facts["training step_bytes"] = trained.memory
+        batch = next(iter(batches))
+        facts["inference of the original_bytes"] = inference_memory(
+            session.apply, session.base.params, batch
+        )
+        facts["step_seconds"] = trained.result.seconds_per_step
+        facts["tokens per second"] = trained.result.tokens_per_second
+        return trained
+
+    def test_batches(self) -> list[Any]:
+        """One pass over the test rows; none without a test set."""
+        if self.test_data is None:
+            return []
+        size = self.config.eval.batch_size
+        return evaluation_batches(self.test_data.examples, self.config.data, batch_size=size)
+
+    def evaluate(self, name: str, params: Any, adapters: dict[str, Adapter] | None) -> None:
+        """Scores a model on the test rows and keeps its answers."""
+        full = self.session.with_adapters(params, adapters)
+        row = StageRow(name, parameter_count(full))
+        if self.test_data is not None:
+            scores = score(
+                self.session, full, self.test_data, self.config.eval, self.config.data, name
+            )
+            row = StageRow(name, row.parameters, scores.loss, scores.scores)
+            if scores.report is not None:
+                file = f"answers/{name.replace(',', '').replace(' ', '_')}.json"
+                self.run.write_json(file, [_answer(a) for a in scores.report.answers])
+        self.report.stages.append(row)
+
+    def save_adapter(self, name: str, adapters: dict[str, Adapter], **extra: Any) -> None:
+        """Writes a PEFT folder, unless a resumed run did so before."""
+        if not self.run.has(name):
+            dropout = self.config.lora.dropout
+            save_adapter(
+                self.run / name, adapters, base=self.session.base, dropout=dropout, **extra
+            )
+
+    def save_merged(self, params: Any) -> None:
+        """Writes the merged model as a Hugging Face folder."""
+        if not self.run.has("merged"):
+            with status("Writing the merged model"):
+                save_pretrained(self.run / "merged", params, like=self.session.base)
+        say(f"The merged model is in {self.run / 'merged'}.")
+
+
+def _answer(answer: Any) -> dict[str, Any]:
+    return {
+        "row": answer.origin,
+        "reference": answer.reference,
+        "answer": answer.prediction,
+        "scores": answer.scores,
+    }

@@ -1,0 +1,68 @@
+"""The folder of a run: resolved configuration, stages as they finish, report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emloc_jax._files import check_new, new_directory, new_file
+from emloc_jax.cli._config import differences, to_yaml
+from emloc_jax.errors import ResumeError
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A run folder. A stage's folder appears in it whole or not at all, so resuming is easy.
+
+    Attributes:
+      folder: path of the run.
+      resumed: whether the folder was there before.
+    """
+
+    def __init__(self, config: Any, *, resume: bool):
+        """Makes the folder, or opens it to resume.
+
+        Args:
+          config: has `output`; written as `config.yaml`.
+          resume: go on with a folder that a run with this very configuration left.
+
+        Raises:
+          OutputExistsError: the folder exists and `resume` is not set.
+          ResumeError: nothing to resume, or the configuration differs.
+        """
+        self.folder = Path(config.output)
+        self.resumed = resume and self.folder.exists()
+        if not self.resumed:
+            check_new(self.folder)
+            with new_directory(self.folder) as partial:
+                (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            return
+        saved = self.folder / "config.yaml"
+        if not saved.is_file():
+            raise ResumeError(
+                f"{self.folder} holds no config.yaml, so no run was started there. Start one "
+                "without --resume, in a new folder."
+            )
+        changes = differences(saved.read_text(encoding="utf-8"), config)
+        if changes:
+            raise ResumeError(
+                f"{self.folder} was started with another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nResume with the old one, or start a new run in a new folder."
+            )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        """Whether the stage that makes `name` finished."""
+        return (self.folder / name).exists()
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file, replacing an older one of this run in one step."""
+        with new_file(self.folder / name, overwrite=True) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON file of this run."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))

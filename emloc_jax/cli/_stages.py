@@ -1,0 +1,402 @@
+"""The stages of a run as functions of a session: emulate, train, correct, score."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from emloc_jax.adapters import Adapter, attach, choose_limit, correct, init_adapters
+from emloc_jax.checkpoints import calibration_fingerprint, save_emulator
+from emloc_jax.cli._console import status, tick, track
+from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader, token_mask
+from emloc_jax.cli._options import (
+    CorrectionOptions,
+    DataOptions,
+    EmulatorOptions,
+    LoraOptions,
+    ScoreOptions,
+    TrainOptions,
+)
+from emloc_jax.cli._session import Session
+from emloc_jax.cli._sizes import parse_bytes, step_memory
+from emloc_jax.emulator import (
+    CompressionReport,
+    SecondMoment,
+    calibrate,
+    compress,
+    rank_for_energy,
+    rank_for_ratio,
+)
+from emloc_jax.errors import ConfigError
+from emloc_jax.kernels import match_rules, select
+from emloc_jax.training import (
+    GenerationReport,
+    TrainResult,
+    evaluate_generation,
+    evaluate_loss,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    score_named,
+    train,
+)
+
+__all__ = [
+    "Scores",
+    "Trained",
+    "calibrate_session",
+    "correct_session",
+    "emulate",
+    "score",
+    "train_on",
+]
+
+Moments = dict[str, SecondMoment]
+Batch = Mapping[str, np.ndarray]
+
+
+def compressed_paths(session: Session, options: EmulatorOptions) -> list[str]:
+    """Kernels that the options select for compression; tied heads never are."""
+    paths = [path for path, spec in session.kernels.items() if not spec.tied]
+    return select(options.where, paths)
+
+
+def check_emulator_options(options: EmulatorOptions) -> None:
+    """Refuses options that contradict each other.
+
+    Raises:
+      ConfigError: not exactly one of ratio, ratios, energy, budget; or no calibration rows.
+    """
+    given = [n for n in ("ratio", "ratios", "energy", "budget") if getattr(options, n) is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"Give exactly one of emulator.ratio, ratios, energy, budget; found {given or 'none'}."
+        )
+    if options.calibration_rows < 1 or options.calibration_batch < 1:
+        raise ConfigError("emulator.calibration_rows and calibration_batch must be at least 1.")
+
+
+def check_emulation(session: Session, options: EmulatorOptions) -> None:
+    """Refuses, before any long work, what `compress` would refuse after calibration.
+
+    Raises:
+      RatioError: a ratio or energy outside (0, 1).
+      UnmatchedRuleError: an expression matches nothing.
+      ConfigError: see `check_emulator_options`, or a malformed budget.
+    """
+    check_emulator_options(options)
+    paths = compressed_paths(session, options)
+    if options.skip:
+        select(options.skip, paths)
+    ratios = options.ratios if options.ratio is None else {".*": options.ratio}
+    for ratio in match_rules(ratios or {}, paths).values():
+        rank_for_ratio(1, 1, ratio)
+    if options.energy is not None:
+        rank_for_energy(np.ones(1), options.energy)
+    if options.budget is not None:
+        parse_bytes(options.budget)
+
+
+def check_training(session: Session, train_options: TrainOptions, lora: LoraOptions | None) -> None:
+    """Refuses impossible training options before any long work.
+
+    Raises:
+      ConfigError: steps, batch, rates or dropout that make no training.
+      UnmatchedRuleError, RatioError: see `init_adapters`.
+    """
+    options = train_options
+    if options.batch_size % max(options.accumulation, 1):
+        raise ConfigError(
+            f"train.batch_size is {options.batch_size} and train.accumulation "
+            f"{options.accumulation}; the first must be a multiple of the second."
+        )
+    if options.save_every < 1 or options.chunk < 1 or options.batch_size < 1:
+        raise ConfigError("train.save_every, train.chunk and train.batch_size must be at least 1.")
+    schedule = make_schedule(
+        options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
+    )
+    tx = make_optimizer(schedule, weight_decay=options.weight_decay)
+    make_train_step(
+        session.loss, tx, accumulation=options.accumulation, clip=options.clip, schedule=schedule
+    )
+    if lora is not None:
+        if not 0 <= lora.dropout < 1:
+            raise ConfigError(f"lora.dropout is {lora.dropout}; it must be at least 0 and below 1.")
+        jax.eval_shape(lambda: new_adapters(session, lora, 0))
+
+
+def check_scores(options: ScoreOptions) -> None:
+    """Refuses an unknown score before any long work.
+
+    Raises:
+      ConfigError: a score that nobody registered, or an impossible size.
+    """
+    for name in options.scores:
+        score_named(name)
+    if options.batch_size < 1 or options.max_new_tokens < 1:
+        raise ConfigError("eval.batch_size and eval.max_new_tokens must be at least 1.")
+
+
+def calibrate_session(
+    session: Session, batches: Sequence[Batch], options: EmulatorOptions
+) -> Moments | None:
+    """Second moments of the kernels to compress; None when plain SVD needs none."""
+    if options.weighting == "plain":
+        return None
+    kernels = {path: session.kernels[path] for path in compressed_paths(session, options)}
+    two_sided = options.weighting == "two_sided"
+
+    def total_loss(variables: Any, batch: Any) -> jax.Array:
+        return session.loss(variables["params"], batch)[0]
+
+    def hidden(variables: Any, batch: Any) -> jax.Array:
+        return session.apply(
+            variables,
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            method="hidden",
+        )
+
+    return calibrate(
+        total_loss if two_sided else hidden,
+        session.base.params,
+        track(batches, "Calibrating", total=len(batches)),
+        kernels=kernels,
+        mask=token_mask,
+        gradients=two_sided,
+    )
+
+
+def emulate(
+    session: Session, moments: Moments | None, options: EmulatorOptions
+) -> tuple[Any, CompressionReport]:
+    """The emulator's parameters, and what was done to each kernel."""
+    kernels = {path: session.kernels[path] for path in compressed_paths(session, options)}
+    budget = None if options.budget is None else parse_bytes(options.budget)
+    with status("Factorizing"):
+        emulator, report = compress(
+            session.base.params,
+            moments,
+            kernels=kernels,
+            ratios=options.ratio if options.ratio is not None else options.ratios,
+            energy=options.energy,
+            budget=budget,
+            skip=options.skip,
+            weighting=options.weighting,
+        )
+        jax.block_until_ready(emulator)
+    return emulator, report
+
+
+def write_emulator(
+    folder: Path,
+    session: Session,
+    emulator: Any,
+    report: CompressionReport,
+    moments: Moments | None,
+    options: EmulatorOptions,
+    seed: int,
+) -> None:
+    """Saves an emulator with what it was made from and how."""
+    save_emulator(
+        folder,
+        emulator,
+        report,
+        base=session.base,
+        rules=dataclasses.asdict(options),
+        weighting=options.weighting,
+        calibration=None if moments is None else calibration_fingerprint(moments),
+        seed=seed,
+    )
+
+
+def new_adapters(session: Session, options: LoraOptions, seed: int) -> dict[str, Adapter]:
+    """Untrained adapters on the selected kernels; a tied head gets none."""
+    kernels = {path: spec for path, spec in session.kernels.items() if not spec.tied}
+    return init_adapters(
+        jax.random.fold_in(jax.random.key(seed), 1),
+        kernels,
+        where=options.where,
+        rank=options.rank,
+        alpha=options.alpha,
+        rslora=options.rslora,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Attributes:
+      trainables: adapters, or all parameters.
+      result: of the loop.
+      memory: bytes of the compiled step at its peak.
+    """
+
+    trainables: Any
+    result: TrainResult
+    memory: int
+
+
+def train_on(
+    session: Session,
+    trainables: Any,
+    frozen: Any,
+    combine: Callable[[Any, Any, jax.Array], Any] | None,
+    batches: Any,
+    options: TrainOptions,
+    *,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    config: dict[str, Any],
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+) -> Trained:
+    """Runs the training loop with a progress bar."""
+    schedule = make_schedule(
+        options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
+    )
+    tx = make_optimizer(schedule, weight_decay=options.weight_decay)
+    extra = {} if combine is None else {"combine": combine}
+    step = make_train_step(
+        session.loss,
+        tx,
+        accumulation=options.accumulation,
+        clip=options.clip,
+        schedule=schedule,
+        **extra,
+    )
+    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), 2))
+    memory = step_memory(step, state, frozen, next(iter(batches)))
+    with tick("Training", options.steps) as move:
+        result = train(
+            step,
+            state,
+            batches,
+            steps=options.steps,
+            frozen=frozen,
+            folder=folder,
+            resume=resume,
+            config=config,
+            save_every=options.save_every,
+            evaluate=evaluate,
+            evaluate_every=options.evaluate_every,
+            skip_nonfinite=options.skip_nonfinite,
+            callbacks=[lambda record: move(record["step"], _note(record))],
+        )
+    return Trained(result.state.trainables, result, memory)
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    loss = record.get("loss", record.get("test_loss"))
+    return "" if loss is None else f"loss {loss:.4f}"
+
+
+def correct_session(
+    session: Session,
+    adapters: dict[str, Adapter],
+    emulator: Any,
+    options: CorrectionOptions,
+    batches: Sequence[Batch],
+    moments: Moments | None,
+) -> tuple[dict[str, Adapter], float, dict[float, float]]:
+    """Corrected adapters, the limit that was used, and the losses it was chosen by."""
+    weights = moments if options.weighted else None
+    losses: dict[float, float] = {}
+    if options.limit == "auto":
+        limit, losses = choose_limit(
+            adapters,
+            session.base.params,
+            emulator,
+            session.loss,
+            track(batches, "Choosing the limit", total=len(batches)),
+            moments=weights,
+            bound=options.bound,
+        )
+    else:
+        limit = parse_limit(options.limit)
+    corrected = correct(
+        adapters,
+        session.base.params,
+        emulator,
+        limit=limit,
+        moments=weights,
+        bound=options.bound,
+    )
+    return corrected, limit, losses
+
+
+def parse_limit(text: str) -> float:
+    """A limit from the command line.
+
+    Raises:
+      ConfigError: neither a number nor 'auto'.
+    """
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise ConfigError(
+            f"correct.limit is '{text}'; it must be a number from 0 (no correction) to inf, "
+            "or auto."
+        )
+    return limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Loss and scores of one model on the test rows."""
+
+    loss: float
+    scores: dict[str, float]
+    report: GenerationReport | None
+
+
+def score(
+    session: Session,
+    params: Any,
+    data: Dataset,
+    options: ScoreOptions,
+    data_options: DataOptions,
+    name: str,
+) -> Scores:
+    """Evaluates `params` by loss, and by generation unless `options.scores` is empty."""
+    batches = evaluation_batches(data.examples, data_options, batch_size=options.batch_size)
+    loss = evaluate_loss(
+        session.loss, params, track(batches, f"Loss of {name}", total=len(batches))
+    ).loss
+    if not options.scores:
+        return Scores(loss, {}, None)
+    with tick(f"Answers of {name}", len(data.rows)) as move:
+        report = evaluate_generation(
+            lambda prompts: session.answer(
+                params,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+            ),
+            data.rows,
+            scores=options.scores,
+            prompt=prompt_reader(session, data_options),
+            batch_size=options.batch_size,
+            on_batch=move,
+        )
+    return Scores(loss, report.scores, report)
+
+
+def attach_for_training(lora: LoraOptions) -> Callable[[Any, Any, jax.Array | None], Any]:
+    """`combine` for adapters: attaches them to the frozen parameters; dropout needs a key."""
+
+    def combine(adapters: Any, frozen: Any, key: jax.Array | None) -> Any:
+        if key is None or lora.dropout == 0:
+            return attach(frozen, adapters)
+        return attach(frozen, adapters, dropout=lora.dropout, key=key)
+
+    return combine

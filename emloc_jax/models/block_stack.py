@@ -1,0 +1,114 @@
+"""The block-stack protocol: a model as embed, one block at a time, and head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from emloc_jax.models.block import DecoderBlock
+from emloc_jax.models.context import sequence_context
+from emloc_jax.models.decoder import Decoder
+
+__all__ = ["BlockStack", "block_stack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStack:
+    """A model that can be walked block by block, in the memory of one block.
+
+    ``head(params, block(…block(embed(params, …)…)))`` is the model. Whoever has another model
+    declares the same five callables for it.
+
+    Attributes:
+        num_blocks: L.
+        embed: ``(params, *inputs) -> (x, context)``; ``context`` is any pytree that every block
+            reads.
+        block: ``(block_params, x, context) -> x``, one function for all blocks.
+        head: ``(params, x) -> outputs``.
+        block_params: ``(params, index) -> block_params``.
+        replace_block: ``(params, index, block_params) -> params``, a new tree.
+    """
+
+    num_blocks: int
+    embed: Callable[..., tuple[Any, Any]]
+    block: Callable[[Any, Any, Any], Any]
+    head: Callable[[Any, Any], Any]
+    block_params: Callable[[Any, int], Any]
+    replace_block: Callable[[Any, int, Any], Any]
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        """The whole model by composition, for tests and as the definition.
+
+        Args:
+            params: the model's parameters.
+            *inputs: what the model takes.
+
+        Returns:
+            What the model returns.
+        """
+        x, context = self.embed(params, *inputs)
+        for index in range(self.num_blocks):
+            x = self.block(self.block_params(params, index), x, context)
+        return self.head(params, x)
+
+
+def block_stack(
+    model: Decoder, *, wrap: Callable[[Callable], Callable] = lambda apply: apply
+) -> BlockStack:
+    """The block stack of a decoder, for either layout of its layers.
+
+    Args:
+        model: the decoder.
+        wrap: turns the ``apply`` of each part into another, ``kernels.intercept`` say, so that
+            boxed kernels take their fast path here too.
+
+    Returns:
+        The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from emloc_jax.models import Decoder, DecoderConfig, block_stack
+        >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...                        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
+        >>> model, tokens = Decoder(config), jnp.zeros((1, 5), jnp.int32)
+        >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        >>> stack = block_stack(model)
+        >>> x, context = stack.embed(params, tokens)
+        >>> for index in range(stack.num_blocks):
+        ...     x = jax.jit(stack.block)(stack.block_params(params, index), x, context)
+        >>> stack.head(params, x).shape
+        (1, 5, 32)
+    """
+    apply_model = wrap(model.apply)
+    block = DecoderBlock(
+        model.config, model.dtype, model.param_dtype, model.attention_implementation
+    )
+    apply_block = wrap(block.apply)
+
+    def embed(params, tokens, positions=None, segments=None):
+        context = sequence_context(model.config, tokens.shape[1], positions, segments)
+        return apply_model({"params": params}, tokens, method="embed"), context
+
+    def run_block(block_params, x, context):
+        return apply_block({"params": block_params}, x, context)
+
+    def head(params, x):
+        return apply_model({"params": params}, x, method="head")
+
+    def block_params(params, index):
+        if model.scan_layers:
+            return jax.tree.map(lambda leaf: leaf[index], params["layers"])
+        return params["layers"][str(index)]
+
+    def replace_block(params, index, new):
+        layers = params["layers"]
+        if model.scan_layers:
+            layers = jax.tree.map(lambda leaf, own: leaf.at[index].set(own), layers, new)
+        else:
+            layers = {**layers, str(index): new}
+        return {**params, "layers": layers}
+
+    return BlockStack(model.config.num_layers, embed, run_block, head, block_params, replace_block)

@@ -1,0 +1,104 @@
+"""Between the unrolled and the scanned tree of a decoder's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emloc_jax.errors import ConfigError
+
+__all__ = ["stack_layers", "unstack_layers"]
+
+
+def stack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The scanned tree of an unrolled one: ``layers/0/…, layers/1/…`` become ``layers/…``.
+
+    Args:
+        params: unrolled parameters; leaves may be boxes, whose arrays are stacked.
+        num_layers: L.
+
+    Returns:
+        A new dict in which every leaf under ``layers`` has a leading axis L. NumPy leaves stay on
+        the host.
+
+    Raises:
+        ConfigError: the layers are not 0 to L-1, or differ in structure or shape (boxes of
+            different rank, say), so that no single block can be scanned over them.
+
+    Example:
+        >>> import numpy as np
+        >>> from emloc_jax.models import stack_layers
+        >>> params = {"layers": {"0": {"scale": np.ones(4)}, "1": {"scale": np.ones(4)}}}
+        >>> stack_layers(params, 2)["layers"]["scale"].shape
+        (2, 4)
+    """
+    names = [str(index) for index in range(num_layers)]
+    if set(params["layers"]) != set(names):
+        raise ConfigError(
+            f"Unrolled layers 0 to {num_layers - 1} were asked to be stacked, but the parameters "
+            f"hold layers {sorted(params['layers'])}. Pass the num_layers of their config."
+        )
+    layers = [params["layers"][name] for name in names]
+    for name, layer in zip(names, layers, strict=True):
+        _require_same(layers[0], layer, name)
+    return {**params, "layers": jax.tree.map(_stack, *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The unrolled tree of a scanned one; the inverse of ``stack_layers``.
+
+    Args:
+        params: scanned parameters; leaves may be boxes.
+        num_layers: L.
+
+    Returns:
+        A new dict with ``layers/0/…`` to ``layers/{L-1}/…``.
+
+    Raises:
+        ConfigError: a leaf under ``layers`` has no leading axis of length L.
+
+    Example:
+        >>> import numpy as np
+        >>> from emloc_jax.models import unstack_layers
+        >>> unstack_layers({"layers": {"scale": np.ones((2, 4))}}, 2)["layers"]["1"]["scale"].shape
+        (4,)
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        if leaf.shape[:1] != (num_layers,):
+            raise ConfigError(
+                f"{num_layers} scanned layers were asked to be unrolled, but "
+                f"layers{jax.tree_util.keystr(path)} has shape {leaf.shape}. Pass scanned "
+                "parameters and the num_layers of their config."
+            )
+    layers = {
+        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        for index in range(num_layers)
+    }
+    return {**params, "layers": layers}
+
+
+def _stack(*leaves: Any) -> Any:
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack(leaves)
+
+
+def _require_same(first: Any, other: Any, name: str) -> None:
+    structures = jax.tree.structure(first), jax.tree.structure(other)
+    if structures[0] == structures[1]:
+        pairs = zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(other), strict=True)
+        different = [
+            f"{jax.tree_util.keystr(path)} is {a.shape} and {b.shape}"
+            for (path, a), b in pairs
+            if a.shape != b.shape
+        ]
+    else:
+        different = ["their trees have different keys or boxes"]
+    if different:
+        raise ConfigError(
+            f"Layers 0 and {name} were asked to be stacked, but {different[0]}. Layers that "
+            "differ cannot be scanned over; use the unrolled model."
+        )

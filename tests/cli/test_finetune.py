@@ -1,0 +1,99 @@
+"""`emloc finetune` from checkpoint to checkpoint, judged by torch."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from emloc_jax.checkpoints import load_emulator, load_pretrained
+from emloc_jax.cli import main
+
+TOKENS = np.arange(12)[None] + 5
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.as_tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(folder):
+    base = load_pretrained(folder, tokenizer=False)
+    return np.asarray(base.model.apply({"params": base.params}, TOKENS))
+
+
+@pytest.mark.parametrize("scan", ["true", "false"])
+def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
+    run = tmp_path / "run"
+    assert main(["finetune", *common, f"output={run}", f"model.scan_layers={scan}"]) == 0
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.yaml", "metrics.jsonl", "report.json", "correction.json", "curves.png", "answers",
+        "checkpoints", "emulator", "adapter", "adapter_corrected", "merged",
+    }  # fmt: skip
+
+    report = json.loads((run / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == [
+        "zero-shot",
+        "emulator alone",
+        "adapter on the original, uncorrected",
+        "adapter on the original, corrected",
+    ]
+    assert report["stages"][1]["parameters"] < report["stages"][0]["parameters"]
+    losses = json.loads((run / "correction.json").read_text())["calibration_loss"]
+    chosen = str(report["facts"]["correction limit"])
+    assert losses[chosen] == min(losses.values()) <= losses["0.0"]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter_corrected")
+    ours = our_logits(run / "merged")
+    np.testing.assert_allclose(torch_logits(merged), ours, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(adapted), ours, atol=1e-4)
+    assert np.abs(ours - our_logits(model_folder)).max() > 1e-2  # something was learnt
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
+    assert tokenizer.eos_token == "<|im_end|>"
+    emulator = load_emulator(run / "emulator", load_pretrained(model_folder, tokenizer=False))
+    assert "layers" in emulator
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_other_methods(tmp_path, model_folder, common, method):
+    run = tmp_path / "run"
+    extra = [f"method={method}", f"output={run}", "eval.scores=[]", "train.evaluate_every=3"]
+    assert main(["finetune", *common, *extra]) == 0
+    report = json.loads((run / "report.json").read_text())
+    before, after = (stage["loss"] for stage in report["stages"])
+    assert after < before
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "test_loss" in r] == [3, 6]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    np.testing.assert_allclose(torch_logits(merged), our_logits(run / "merged"), atol=1e-4)
+
+
+def test_an_existing_output_is_left_alone(tmp_path, common, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "mine.txt").write_text("keep")
+    assert main(["finetune", *common, f"output={run}"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["mine.txt"]
+
+
+def test_options_that_change_the_path(tmp_path, common):
+    run = tmp_path / "run"
+    extra = [
+        "emulator.weighting=one_sided", "correct.limit=3", "correct.weighted=true",
+        "lora.rslora=true", "lora.dropout=0.1", "train.accumulation=2", "data.packing=true",
+        "data.max_length=48", "emulator.save_moments=true", "eval.scores=[]",
+        "model.scan_layers=false", "emulator.skip=['layers/1/mlp/down_proj']",
+    ]  # fmt: skip
+    assert main(["finetune", *common, *extra, f"output={run}"]) == 0
+    assert (run / "moments.safetensors").exists()
+    report = json.loads((run / "emulator" / "report.json").read_text())
+    assert "skipped" in json.dumps(report)
