@@ -112,13 +112,7 @@ class _Job:
         """Emulator, adapters trained on it, correction, merge."""
         config, session, params = self.config, self.session, self.session.base.params
         self.evaluate("zero-shot", params, None)
-        calibration = calibration_batches(
-            self.train_data,
-            config.data,
-            rows=config.emulator.calibration_rows,
-            batch_size=config.emulator.calibration_batch,
-            seed=config.seed,
-        )
+        calibration = self.calibration(config.emulator.calibration_rows)
         emulator, moments = self.emulator(calibration)
         adapters = self.adapters(emulator)
         self.evaluate("emulator alone", emulator, adapters)
@@ -126,8 +120,11 @@ class _Job:
         self.save_adapter("adapter", adapters)
 
         began = time.perf_counter()
+        choosing = calibration
+        if config.correct.rows is not None:
+            choosing = self.calibration(config.correct.rows)
         corrected, limit, losses = correct_session(
-            session, adapters, emulator, config.correct, calibration, moments
+            session, adapters, emulator, config.correct, choosing, moments
         )
         self.report.facts["correction_seconds"] = time.perf_counter() - began
         self.report.facts["correction limit"] = limit
@@ -155,6 +152,16 @@ class _Job:
         params = self.train(self.session.base.params, None, None).trainables
         self.evaluate("all parameters tuned", params, None)
         self.save_merged(params)
+
+    def calibration(self, rows: int) -> list[Any]:
+        """Batches of training rows; a smaller number of rows is a part of a larger one."""
+        return calibration_batches(
+            self.train_data,
+            self.config.data,
+            rows=rows,
+            batch_size=self.config.emulator.calibration_batch,
+            seed=self.config.seed,
+        )
 
     def emulator(self, calibration: list[Any]) -> tuple[Any, Any]:
         """The emulator, from its folder if that stage was finished, and the moments if at hand."""

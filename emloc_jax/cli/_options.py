@@ -126,6 +126,7 @@ class CorrectionOptions:
     """The correction of the adapters for the original model."""
 
     limit: str = option("auto", "bound on the correction: a number, inf, or auto")
+    rows: int | None = option(None, "calibration rows that choose the limit; null: all")
     weighted: bool = option(False, "use the calibration's second moments")
     bound: Literal["row", "column", "kernel"] = option("row", "what is bounded together")
 

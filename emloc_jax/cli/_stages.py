@@ -11,7 +11,7 @@ import numpy as np
 
 from emloc_jax.adapters import Adapter, attach, choose_limit, correct, init_adapters
 from emloc_jax.checkpoints import calibration_fingerprint, save_emulator
-from emloc_jax.cli._console import status, tick, track
+from emloc_jax.cli._console import tick, track
 from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader, token_mask
 from emloc_jax.cli._options import (
     CorrectionOptions,
@@ -163,14 +163,16 @@ def calibrate_session(
             method="hidden",
         )
 
-    return calibrate(
-        total_loss if two_sided else hidden,
-        session.base.params,
-        track(batches, "Calibrating", total=len(batches)),
-        kernels=kernels,
-        mask=token_mask,
-        gradients=two_sided,
-    )
+    with tick("Calibrating", len(batches)) as move:
+        return calibrate(
+            total_loss if two_sided else hidden,
+            session.base.params,
+            batches,
+            kernels=kernels,
+            mask=token_mask,
+            gradients=two_sided,
+            on_batch=move,
+        )
 
 
 def emulate(
@@ -179,7 +181,8 @@ def emulate(
     """The emulator's parameters, and what was done to each kernel."""
     kernels = {path: session.kernels[path] for path in compressed_paths(session, options)}
     budget = None if options.budget is None else parse_bytes(options.budget)
-    with status("Factorizing"):
+    done = iter(range(1, len(kernels) + 1))
+    with tick("Factorizing", len(kernels)) as move:
         emulator, report = compress(
             session.base.params,
             moments,
@@ -189,6 +192,7 @@ def emulate(
             budget=budget,
             skip=options.skip,
             weighting=options.weighting,
+            on_kernel=lambda path: move(next(done), path),
         )
         jax.block_until_ready(emulator)
     return emulator, report

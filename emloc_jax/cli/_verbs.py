@@ -77,21 +77,23 @@ def run_correct(config: CorrectConfig) -> None:
     session = open_session(config.model)
     adapters = load_adapter(config.adapter, session.base)
     emulator = jax.device_put(load_emulator(config.emulator, session.base))
-    calibration, moments = [], None
+    moments, choosing = None, []
     if config.correct.limit == "auto" or config.correct.weighted:
         data = load_rows(session, config.data.train, config.data)
-        calibration = calibration_batches(
-            data,
-            config.data,
-            rows=config.calibration.calibration_rows,
-            batch_size=config.calibration.calibration_batch,
-            seed=config.seed,
-        )
-    if config.correct.weighted:
-        one_sided = dataclasses.replace(config.calibration, weighting="one_sided")
-        moments = calibrate_session(session, calibration, one_sided)
+
+        def calibration(rows: int) -> list[Any]:
+            size = config.calibration.calibration_batch
+            return calibration_batches(
+                data, config.data, rows=rows, batch_size=size, seed=config.seed
+            )
+
+        rows = config.calibration.calibration_rows
+        choosing = calibration(config.correct.rows or rows)
+        if config.correct.weighted:
+            one_sided = dataclasses.replace(config.calibration, weighting="one_sided")
+            moments = calibrate_session(session, calibration(rows), one_sided)
     corrected, limit, losses = correct_session(
-        session, adapters, emulator, config.correct, calibration, moments
+        session, adapters, emulator, config.correct, choosing, moments
     )
     save_adapter(config.output, corrected, base=session.base, limit=limit)
     report = correction_report(
