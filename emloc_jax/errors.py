@@ -20,7 +20,7 @@ __all__ = [
 
 
 class EmlocError(Exception):
-    """Base of every error that the library raises on purpose; the command line exits with 2 on it."""
+    """Base of every error that the library raises on purpose; the command line exits with 2."""
 
 
 class UnmatchedRuleError(EmlocError):
@@ -40,7 +40,7 @@ class MaskShapeError(EmlocError):
 
 
 class NoTokensError(EmlocError):
-    """A kernel saw no token during calibration (empty or all-masked data, or a kernel never run)."""
+    """A kernel saw no token in calibration: empty or all-masked data, or it never ran."""
 
 
 class AdapterMismatchError(EmlocError):

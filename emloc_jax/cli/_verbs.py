@@ -17,6 +17,7 @@ from emloc_jax.checkpoints import (
     save_orbax,
     save_pretrained,
 )
+from emloc_jax.cli._checks import check_emulation, check_emulator_options, check_scores, parse_limit
 from emloc_jax.cli._console import console, results, say, status
 from emloc_jax.cli._data import calibration_batches, load_rows
 from emloc_jax.cli._options import (
@@ -29,17 +30,7 @@ from emloc_jax.cli._options import (
 )
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._session import Session, open_session, parameter_count
-from emloc_jax.cli._stages import (
-    calibrate_session,
-    check_emulation,
-    check_emulator_options,
-    check_scores,
-    correct_session,
-    emulate,
-    parse_limit,
-    score,
-    write_emulator,
-)
+from emloc_jax.cli._stages import calibrate_session, correct_session, emulate, score, write_emulator
 from emloc_jax.errors import ConfigError
 from emloc_jax.training import Row, prompt_tokens
 
