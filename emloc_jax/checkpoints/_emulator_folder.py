@@ -19,6 +19,7 @@ from emloc_jax.checkpoints._emulator_config import EmulatorConfig
 from emloc_jax.checkpoints._fingerprint import base_fingerprint
 from emloc_jax.checkpoints._hf_check import listed
 from emloc_jax.checkpoints._hf_read import nest
+from emloc_jax.checkpoints._layers import is_scanned
 from emloc_jax.checkpoints._pretrained import Pretrained
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._safetensors_write import TensorPlan, planned_bytes, write_safetensors
@@ -161,6 +162,12 @@ def load_emulator(
         raise NonFiniteError(
             f"The emulator in {folder} has infinite or NaN entries at:\n{listed(infinite)}\n"
             "Make it again."
+        )
+    if isinstance(base, Pretrained) and is_scanned(leaves) != base.model.scan_layers:
+        kind = "stacked" if is_scanned(leaves) else "separate"
+        raise CheckpointError(
+            f"The emulator in {folder} has {kind} layers and the model scan_layers={base.model.scan_layers}. Load the model with "
+            f"scan_layers={is_scanned(leaves)}."
         )
     return nest(leaves)
 

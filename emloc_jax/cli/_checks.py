@@ -6,7 +6,15 @@ import jax
 import numpy as np
 
 from emloc_jax.adapters import Adapter, init_adapters
-from emloc_jax.cli._options import EmulatorOptions, LoraOptions, ScoreOptions, TrainOptions
+from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader, training_batches
+from emloc_jax.cli._options import (
+    CorrectionOptions,
+    EmulatorOptions,
+    FinetuneConfig,
+    LoraOptions,
+    ScoreOptions,
+    TrainOptions,
+)
 from emloc_jax.cli._session import Session
 from emloc_jax.cli._sizes import parse_bytes
 from emloc_jax.emulator import rank_for_energy, rank_for_ratio
@@ -15,6 +23,8 @@ from emloc_jax.kernels import match_rules, select
 from emloc_jax.training import make_optimizer, make_schedule, make_train_step, score_named
 
 __all__ = [
+    "check_correction",
+    "check_data",
     "check_emulation",
     "check_emulator_options",
     "check_scores",
@@ -56,8 +66,14 @@ def check_emulation(session: Session, options: EmulatorOptions) -> None:
     """
     check_emulator_options(options)
     paths = compressed_paths(session, options)
-    if options.skip:
-        select(options.skip, paths)
+    heads = [path for path in paths if path.startswith("lm_head")]
+    if heads and options.weighting != "plain":
+        raise ConfigError(
+            f"emulator.where selects the head {heads[0]}, whose inputs are not calibrated here. "
+            "Leave it out, or use emulator.weighting=plain."
+        )
+    skipped = select(options.skip, paths) if options.skip else []
+    paths = [path for path in paths if path not in skipped]
     ratios = options.ratios if options.ratio is None else {".*": options.ratio}
     for ratio in match_rules(ratios or {}, paths).values():
         rank_for_ratio(1, 1, ratio)
@@ -80,8 +96,10 @@ def check_training(session: Session, train_options: TrainOptions, lora: LoraOpti
             f"train.batch_size is {options.batch_size} and train.accumulation "
             f"{options.accumulation}; the first must be a multiple of the second."
         )
-    if options.save_every < 1 or options.chunk < 1 or options.batch_size < 1:
-        raise ConfigError("train.save_every, train.chunk and train.batch_size must be at least 1.")
+    for name in ("steps", "save_every", "evaluate_every", "chunk", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"train.{name} is {value}; it must be at least 1.")
     schedule = make_schedule(
         options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
     )
@@ -95,6 +113,39 @@ def check_training(session: Session, train_options: TrainOptions, lora: LoraOpti
         jax.eval_shape(lambda: new_adapters(session, lora, 0))
 
 
+def check_correction(options: CorrectionOptions) -> None:
+    """Refuses an impossible correction before any long work.
+
+    Raises:
+      ConfigError: `limit` is neither a number from 0 nor auto, or there are no rows.
+    """
+    if options.limit != "auto":
+        parse_limit(options.limit)
+    if options.rows is not None and options.rows < 1:
+        raise ConfigError(f"correct.rows is {options.rows}; it must be at least 1, or null.")
+
+
+def check_data(
+    session: Session, config: FinetuneConfig, train: Dataset, test: Dataset | None
+) -> None:
+    """Refuses rows that batches or generation could not take, before any long work.
+
+    Raises:
+      ConfigError: an evaluation during training without test rows.
+      DataError: a row longer than every bucket, or a prompt that leaves no room for an answer.
+    """
+    training_batches(train, config.data, batch_size=config.train.batch_size, seed=config.seed)
+    if test is None:
+        if config.train.evaluate_every is not None:
+            raise ConfigError("train.evaluate_every needs test rows: give data.test.")
+        return
+    evaluation_batches(test.examples, config.data, batch_size=config.eval.batch_size)
+    if config.eval.scores:
+        read = prompt_reader(session, config.data, config.eval.max_new_tokens)
+        for row in test.rows:
+            read(row)
+
+
 def check_scores(options: ScoreOptions) -> None:
     """Refuses an unknown score before any long work.
 
@@ -103,8 +154,10 @@ def check_scores(options: ScoreOptions) -> None:
     """
     for name in options.scores:
         score_named(name)
-    if options.batch_size < 1 or options.max_new_tokens < 1:
-        raise ConfigError("eval.batch_size and eval.max_new_tokens must be at least 1.")
+    for name in ("rows", "batch_size", "max_new_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"eval.{name} is {value}; it must be at least 1.")
 
 
 def parse_limit(text: str) -> float:

@@ -1,10 +1,10 @@
 """From a YAML file and `key=value` overrides to a checked configuration."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,7 +42,10 @@ def load_config(kind: type[T], file: str | None, overrides: Sequence[str]) -> T:
             )
         result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, kind)) from error
+        raise ConfigError(_explain(error)) from error
+    except (yaml.YAMLError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The options cannot be read as YAML: {reason}.") from error
     return result
 
 
@@ -72,21 +75,12 @@ def _read(file: str) -> Any:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
 
 
-def _explain(error: OmegaConfBaseException, kind: type) -> str:
+def _explain(error: OmegaConfBaseException) -> str:
     reason = str(error).splitlines()[0]
+    if "ListConfig" in reason:
+        reason += " A list is wanted; write key=['value']"
     key = getattr(error, "full_key", None) or ""
-    known = ", ".join(sorted(_names(kind)))
-    return f"Configuration key '{key}': {reason}. Known keys: {known}."
-
-
-def _names(kind: type, prefix: str = "") -> list[str]:
-    names = []
-    for item in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
-        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
-            names += _names(item.type, f"{prefix}{item.name}.")
-        else:
-            names.append(prefix + item.name)
-    return names
+    return f"Configuration key '{key}': {reason}. `emloc VERB --help` lists all keys."
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

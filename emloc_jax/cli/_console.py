@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["console", "results", "set_up_logging", "status", "tick", "track"]
+__all__ = ["console", "results", "say", "set_up_logging", "status", "tick", "track"]
 
 T = TypeVar("T")
 
@@ -78,4 +78,4 @@ def status(description: str) -> Iterator[None]:
 
 def say(message: Any) -> None:
     """A line for the person at the terminal."""
-    console.print(message)
+    console.print(message, soft_wrap=True)

@@ -99,12 +99,12 @@ def token_mask(batch: Mapping[str, Any]) -> Any:
     return batch["segments"] > 0
 
 
-def prompt_reader(session: Session, options: DataOptions) -> Any:
-    """From a row to the token ids of its prompt."""
+def prompt_reader(session: Session, options: DataOptions, new_tokens: int) -> Any:
+    """From a row to the token ids of its prompt, which must leave room for `new_tokens`."""
     return functools.partial(
         prompt_tokens,
         tokenizer=session.tokenizer,
-        max_length=options.max_length,
+        max_length=session.base.config.max_position_embeddings - new_tokens,
         chat=options.chat,
         system=options.system,
     )

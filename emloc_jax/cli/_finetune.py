@@ -5,17 +5,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from emloc_jax._files import check_new
-from emloc_jax.adapters import Adapter, correction_report, merge
+from emloc_jax.adapters import Adapter, attach, correction_report
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
 from emloc_jax.cli._checks import (
+    check_correction,
+    check_data,
     check_emulation,
     check_emulator_options,
     check_scores,
     check_training,
+    compressed_paths,
     new_adapters,
-    parse_limit,
 )
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._curves import draw_curves
@@ -37,11 +40,12 @@ from emloc_jax.cli._stages import (
     calibrate_session,
     correct_session,
     emulate,
+    input_moments,
     score,
     train_on,
     write_emulator,
 )
-from emloc_jax.emulator import save_moments
+from emloc_jax.emulator import load_moments, save_moments
 from emloc_jax.training import evaluate_loss
 
 __all__ = ["finetune"]
@@ -72,8 +76,7 @@ def finetune(
     check_scores(config.eval)
     if config.method == "emloc":
         check_emulator_options(config.emulator)
-        if config.correct.limit != "auto":
-            parse_limit(config.correct.limit)
+        check_correction(config.correct)
     session = open_session(config.model, chunk=config.train.chunk)
     if config.method == "emloc":
         check_emulation(session, config.emulator)
@@ -81,6 +84,7 @@ def finetune(
     train_data = load_rows(session, train_rows or config.data.train, config.data)
     test = test_rows or config.data.test
     test_data = load_rows(session, test, config.data, first=config.eval.rows) if test else None
+    check_data(session, config, train_data, test_data)
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
     job = _Job(config, run, session, train_data, test_data)
     match config.method:
@@ -117,7 +121,7 @@ class _Job:
         calibration = self.calibration(config.emulator.calibration_rows)
         emulator, moments = self.emulator(calibration)
         adapters = self.adapters(emulator)
-        self.evaluate("emulator alone", emulator, adapters)
+        self.evaluate("adapter on the emulator", emulator, adapters)
         self.evaluate("adapter on the original, uncorrected", params, adapters)
         self.save_adapter("adapter", adapters)
 
@@ -131,13 +135,18 @@ class _Job:
         self.report.facts["correction_seconds"] = time.perf_counter() - began
         self.report.facts["correction limit"] = limit
         details = correction_report(
-            adapters, params, emulator, limit=limit, bound=config.correct.bound
+            adapters,
+            params,
+            emulator,
+            limit=limit,
+            bound=config.correct.bound,
+            moments=moments if config.correct.weighted else None,
         )
         content = details.to_dict() | {"calibration_loss": {str(k): v for k, v in losses.items()}}
         self.run.write_json("correction.json", content)
         self.evaluate("adapter on the original, corrected", params, corrected)
         self.save_adapter("adapter_corrected", corrected, limit=limit)
-        self.save_merged(merge(params, corrected))
+        self.save_merged(attach(params, corrected))
 
     def lora(self) -> None:
         """Adapters trained on the original, the baseline that needs more memory."""
@@ -146,12 +155,15 @@ class _Job:
         adapters = self.adapters(params)
         self.evaluate("adapter on the original", params, adapters)
         self.save_adapter("adapter", adapters)
-        self.save_merged(merge(params, adapters))
+        self.save_merged(attach(params, adapters))
 
     def full(self) -> None:
         """All parameters, in memory."""
-        self.evaluate("zero-shot", self.session.base.params, None)
-        params = self.train(self.session.base.params, None, None).trainables
+        params = self.session.base.params
+        self.evaluate("zero-shot", params, None)
+        # Masters in fp32: a bf16 weight would swallow most updates. Saved as the base was.
+        masters = jax.tree.map(lambda array: array.astype(jnp.float32), params)
+        params = self.train(masters, None, None).trainables
         self.evaluate("all parameters tuned", params, None)
         self.save_merged(params)
 
@@ -168,17 +180,20 @@ class _Job:
     def emulator(self, calibration: list[Any]) -> tuple[Any, Any]:
         """The emulator, from its folder if that stage was finished, and the moments if at hand."""
         config, session, facts = self.config, self.session, self.report.facts
-        moments = None
-        finished = self.run.has("emulator")
-        if not finished or config.correct.weighted:
+        finished, kept = self.run.has("emulator"), self.run / "moments.safetensors"
+        moments = load_moments(kept) if kept.exists() else None
+        if moments is None and (not finished or config.correct.weighted):
             began = time.perf_counter()
             moments = calibrate_session(session, calibration, config.emulator)
+            if moments is None and config.correct.weighted:  # plain SVD, weighted correction
+                paths = compressed_paths(session, config.emulator)
+                moments = input_moments(session, calibration, paths)
             facts["calibration_seconds"] = time.perf_counter() - began
+            if moments is not None and config.emulator.save_moments:
+                save_moments(kept, moments)
         if finished:
             emulator = jax.device_put(load_emulator(self.run / "emulator", session.base))
         else:
-            if moments is not None and config.emulator.save_moments:
-                save_moments(self.run / "moments.safetensors", moments)
             began = time.perf_counter()
             emulator, report = emulate(session, moments, config.emulator)
             facts["factorization_seconds"] = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """The `emloc` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Status 0: done. 2: the request cannot be carried out, with a message that says why. 130:
     interrupted. Anything else is a bug and comes with a traceback.
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (parsed.verb == "demo" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.overrides = [*getattr(parsed, "overrides", []), *rest]  # also those behind a flag
+    sys.path.insert(0, os.getcwd())  # so that a score `module:function` of yours is found
     set_up_logging(parsed.verbose)
     _calm_blas()
     try:
@@ -56,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _calm_blas() -> None:
-    """One thread for LAPACK's own products: XLA's pool has the cores, and two pools thrash.
+    """One thread for LAPACK on a small machine: XLA's pool has the cores, and two pools thrash.
 
-    On a machine with other work, decompositions were thirty times slower with several threads and
-    no faster without other work.
+    On two cores with other work, decompositions were thirty times slower with two threads.
     """
+    if (os.cpu_count() or 1) > 4:
+        return
     import scipy.linalg  # noqa: F401  XLA calls the LAPACK that scipy loads
     from threadpoolctl import threadpool_limits
 

@@ -75,6 +75,13 @@ class DataOptions:
 
 
 @dataclass
+class OptionalDataOptions(DataOptions):
+    """The same where training rows are not always needed."""
+
+    train: str | None = option(None, "file (.jsonl, .json, .csv) or hub data set (hub:NAME)")  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+@dataclass
 class EmulatorOptions:
     """Calibration and compression; give one of ratio, ratios, energy, budget."""
 
@@ -90,6 +97,14 @@ class EmulatorOptions:
     calibration_rows: int = option(128, "training rows that calibrate")
     calibration_batch: int = option(8, "rows per calibration batch")
     save_moments: bool = option(False, "keep second moments, so another ratio is quick")
+
+
+@dataclass
+class CalibrationOptions:
+    """Which rows measure a correction."""
+
+    rows: int = option(128, "training rows")
+    batch: int = option(8, "rows per batch")
 
 
 @dataclass
@@ -192,8 +207,8 @@ class CorrectConfig:
     output: str = option(MISSING, "new folder for the corrected adapter")
     seed: int = option(0, "seed of the choice of calibration rows")
     model: ModelOptions = group(ModelOptions)
-    data: DataOptions = group(DataOptions)
-    calibration: EmulatorOptions = group(EmulatorOptions)
+    data: OptionalDataOptions = group(OptionalDataOptions)
+    calibration: CalibrationOptions = group(CalibrationOptions)
     correct: CorrectionOptions = group(CorrectionOptions)
 
 
@@ -226,7 +241,7 @@ class EvalConfig:
     emulator: str | None = option(None, "emulator folder to evaluate instead of the original")
     output: str | None = option(None, "new folder for report and predictions; null: only print")
     model: ModelOptions = group(ModelOptions)
-    data: DataOptions = group(DataOptions)
+    data: OptionalDataOptions = group(OptionalDataOptions)
     eval: ScoreOptions = group(ScoreOptions)
 
 

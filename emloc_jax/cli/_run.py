@@ -1,6 +1,7 @@
 """The folder of a run: resolved configuration, stages as they finish, report."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from emloc_jax._files import check_new, new_directory, new_file
 from emloc_jax.cli._config import differences, to_yaml
 from emloc_jax.errors import ResumeError
 
-__all__ = ["Run"]
+__all__ = ["Run", "write_json"]
 
 
 class Run:
@@ -31,8 +32,10 @@ class Run:
           ResumeError: nothing to resume, or the configuration differs.
         """
         self.folder = Path(config.output)
-        self.resumed = resume and self.folder.exists()
-        if not self.resumed:
+        self.resumed = resume
+        if resume and not self.folder.exists():
+            raise ResumeError(f"There is no run folder {self.folder} to resume.")
+        if not resume:
             check_new(self.folder)
             with new_directory(self.folder) as partial:
                 (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -60,9 +63,22 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file, replacing an older one of this run in one step."""
-        with new_file(self.folder / name, overwrite=True) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(self.folder / name, content, overwrite=True)
 
-    def read_json(self, name: str) -> Any:
-        """Reads a JSON file of this run."""
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+def write_json(path: Path, content: Any, *, overwrite: bool = False) -> None:
+    """Writes JSON types in one step."""
+    with new_file(path, overwrite=overwrite) as partial:
+        text = json.dumps(_jsonable(content), indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _jsonable(content: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings 'nan', 'inf' and '-inf'."""
+    if isinstance(content, dict):
+        return {key: _jsonable(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_jsonable(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    return content

@@ -8,7 +8,7 @@ import numpy as np
 
 from emloc_jax.errors import ConfigError
 
-__all__ = ["format_bytes", "inference_memory", "parse_bytes", "step_memory"]
+__all__ = ["format_bytes", "inference_memory", "parse_bytes", "peak", "step_memory"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

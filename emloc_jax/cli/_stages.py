@@ -47,6 +47,7 @@ __all__ = [
     "calibrate_session",
     "correct_session",
     "emulate",
+    "input_moments",
     "score",
     "train_on",
 ]
@@ -59,13 +60,26 @@ def calibrate_session(
     session: Session, batches: Sequence[Batch], options: EmulatorOptions
 ) -> Moments | None:
     """Second moments of the kernels to compress; None when plain SVD needs none."""
-    if options.weighting == "plain":
-        return None
-    kernels = {path: session.kernels[path] for path in compressed_paths(session, options)}
-    two_sided = options.weighting == "two_sided"
+    paths = compressed_paths(session, options)
+    match options.weighting:
+        case "plain":
+            return None
+        case "one_sided":
+            return input_moments(session, batches, paths)
+    with tick("Calibrating", len(batches)) as move:
+        return calibrate(
+            lambda variables, batch: session.loss(variables["params"], batch)[0],
+            session.base.params,
+            batches,
+            kernels={path: session.kernels[path] for path in paths},
+            mask=token_mask,
+            gradients=True,
+            on_batch=move,
+        )
 
-    def total_loss(variables: Any, batch: Any) -> jax.Array:
-        return session.loss(variables["params"], batch)[0]
+
+def input_moments(session: Session, batches: Sequence[Batch], paths: Sequence[str]) -> Moments:
+    """Second moments of the inputs of some kernels of the layers, without gradients."""
 
     def hidden(variables: Any, batch: Any) -> jax.Array:
         return session.apply(
@@ -78,12 +92,11 @@ def calibrate_session(
 
     with tick("Calibrating", len(batches)) as move:
         return calibrate(
-            total_loss if two_sided else hidden,
+            hidden,
             session.base.params,
             batches,
-            kernels=kernels,
+            kernels={path: session.kernels[path] for path in paths},
             mask=token_mask,
-            gradients=two_sided,
             on_batch=move,
         )
 
@@ -270,7 +283,7 @@ def score(
             ),
             data.rows,
             scores=options.scores,
-            prompt=prompt_reader(session, data_options),
+            prompt=prompt_reader(session, data_options, options.max_new_tokens),
             batch_size=options.batch_size,
             on_batch=move,
         )

@@ -9,15 +9,21 @@ from typing import Any
 import jax
 
 from emloc_jax._files import check_new, new_directory
-from emloc_jax.adapters import correction_report, merge
+from emloc_jax.adapters import attach, correction_report, merge
 from emloc_jax.checkpoints import (
+    adapter_info,
     load_adapter,
     load_emulator,
     save_adapter,
     save_orbax,
     save_pretrained,
 )
-from emloc_jax.cli._checks import check_emulation, check_emulator_options, check_scores, parse_limit
+from emloc_jax.cli._checks import (
+    check_correction,
+    check_emulation,
+    check_emulator_options,
+    check_scores,
+)
 from emloc_jax.cli._console import console, results, say, status
 from emloc_jax.cli._data import calibration_batches, load_rows
 from emloc_jax.cli._options import (
@@ -29,8 +35,16 @@ from emloc_jax.cli._options import (
     MergeConfig,
 )
 from emloc_jax.cli._report import RunReport, StageRow
+from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import Session, open_session, parameter_count
-from emloc_jax.cli._stages import calibrate_session, correct_session, emulate, score, write_emulator
+from emloc_jax.cli._stages import (
+    calibrate_session,
+    correct_session,
+    emulate,
+    input_moments,
+    score,
+    write_emulator,
+)
 from emloc_jax.errors import ConfigError
 from emloc_jax.training import Row, prompt_tokens
 
@@ -62,27 +76,30 @@ def run_emulate(config: EmulateConfig) -> None:
 
 def run_correct(config: CorrectConfig) -> None:
     """Corrects an adapter; writes a new adapter folder and leaves the old one as it is."""
-    if config.correct.limit != "auto":
-        parse_limit(config.correct.limit)
+    check_correction(config.correct)
     check_new(config.output)
+    check_new(f"{Path(config.output)}.correction.json")
     session = open_session(config.model)
     adapters = load_adapter(config.adapter, session.base)
     emulator = jax.device_put(load_emulator(config.emulator, session.base))
     moments, choosing = None, []
     if config.correct.limit == "auto" or config.correct.weighted:
+        if config.data.train is None:
+            raise ConfigError(
+                "correct.limit=auto and correct.weighted=true need rows: give data.train."
+            )
         data = load_rows(session, config.data.train, config.data)
 
         def calibration(rows: int) -> list[Any]:
-            size = config.calibration.calibration_batch
+            size = config.calibration.batch
             return calibration_batches(
                 data, config.data, rows=rows, batch_size=size, seed=config.seed
             )
 
-        rows = config.calibration.calibration_rows
-        choosing = calibration(config.correct.rows or rows)
+        rows = config.calibration.rows
+        choosing = calibration(rows if config.correct.rows is None else config.correct.rows)
         if config.correct.weighted:
-            one_sided = dataclasses.replace(config.calibration, weighting="one_sided")
-            moments = calibrate_session(session, calibration(rows), one_sided)
+            moments = input_moments(session, calibration(rows), list(adapters))
     corrected, limit, losses = correct_session(
         session, adapters, emulator, config.correct, choosing, moments
     )
@@ -95,6 +112,8 @@ def run_correct(config: CorrectConfig) -> None:
         moments=moments,
         bound=config.correct.bound,
     )
+    content = report.to_dict() | {"calibration_loss": {str(k): v for k, v in losses.items()}}
+    write_json(Path(f"{Path(config.output)}.correction.json"), content)
     results.print(report.table())
     for candidate, loss in losses.items():
         results.print(f"limit {candidate:g}: calibration loss {loss:.4f}")
@@ -107,7 +126,8 @@ def run_merge(config: MergeConfig) -> None:
     session = open_session(config.model)
     adapters = load_adapter(config.adapter, session.base)
     with status("Writing"):
-        save_pretrained(config.output, merge(session.base.params, adapters), like=session.base)
+        # Attached, not merged: the writer adds them tensor by tensor, without a second model.
+        save_pretrained(config.output, attach(session.base.params, adapters), like=session.base)
     say(f"The merged model is in {config.output}.")
 
 
@@ -121,14 +141,15 @@ def run_export(config: ExportConfig) -> None:
     with status("Writing"):
         if config.format == "peft":
             assert adapters is not None
-            save_adapter(config.output, adapters, base=session.base)
+            limit = adapter_info(str(config.adapter)).limit
+            save_adapter(config.output, adapters, base=session.base, limit=limit)
         else:
-            params = (
-                session.base.params if adapters is None else merge(session.base.params, adapters)
-            )
+            params = session.base.params
             if config.format == "orbax":
+                params = params if adapters is None else merge(params, adapters)
                 save_orbax(config.output, params, hf_config=session.base.hf_config)
             else:
+                params = session.with_adapters(params, adapters)
                 save_pretrained(config.output, params, like=session.base)
     say(f"Written to {config.output}.")
 
@@ -140,6 +161,8 @@ def run_eval(config: EvalConfig) -> None:
         check_new(config.output)
     session = open_session(config.model)
     source = config.data.test or config.data.train
+    if source is None:
+        raise ConfigError("There are no rows to evaluate on: give data.test.")
     data = load_rows(session, source, config.data, first=config.eval.rows)
     params = _params(session, config.emulator, config.adapter)
     name = " + ".join(
@@ -198,7 +221,7 @@ def _params(session: Session, emulator: str | None, adapter: str | None) -> Any:
 
 
 def _write_report(folder: Path, report: RunReport, answers: Any) -> None:
-    (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    write_json(folder / "report.json", report.to_dict())
     if answers is not None:
         lines = [json.dumps(dataclasses.asdict(answer)) for answer in answers.answers]
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")

@@ -52,10 +52,6 @@ class KernelUse:
     out_rows: Function | None
     input_key: Any = None
 
-    def promote(self, *arrays: Any) -> Any:
-        """Applies the module's own dtype promotion."""
-        return self.module.promote_dtype(*arrays, dtype=self.module.dtype)  # pyright: ignore
-
     def name(self) -> str:
         """Name of the module for messages."""
         return f"{type(self.module).__name__} '{'/'.join(self.module.path)}'"

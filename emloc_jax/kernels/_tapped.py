@@ -1,6 +1,5 @@
 """A kernel that measures what flows through it: second moments as cotangents."""
 
-import math
 from typing import Any
 
 import jax
@@ -138,7 +137,7 @@ def _token_weights(mask: jax.Array | None, tokens: tuple[int, ...], where: str) 
     """Flattens `mask` to one fp32 weight per row of an input with these token axes."""
     if mask is None:
         return None
-    if mask.shape == tokens or mask.size == math.prod(tokens):
+    if mask.shape == tokens:
         return mask.reshape(-1).astype(jnp.float32)
     if mask.ndim < len(tokens) and tokens[: mask.ndim] == mask.shape:
         extra = len(tokens) - mask.ndim
@@ -146,6 +145,6 @@ def _token_weights(mask: jax.Array | None, tokens: tuple[int, ...], where: str) 
         return mask.reshape(-1).astype(jnp.float32)
     raise MaskShapeError(
         f"The mask has shape {mask.shape} but {where} reads an input with token axes {tokens}. "
-        "The mask must have those axes or a leading part of them; calibrate this kernel without a "
-        "mask or leave it out."
+        "The mask must have those axes or a leading part of them (axes that were flattened or "
+        "reordered cannot be told apart). Leave this kernel out, or calibrate it without a mask."
     )

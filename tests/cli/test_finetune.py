@@ -37,7 +37,7 @@ def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
     report = json.loads((run / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == [
         "zero-shot",
-        "emulator alone",
+        "adapter on the emulator",
         "adapter on the original, uncorrected",
         "adapter on the original, corrected",
     ]

@@ -66,7 +66,7 @@ def test_automatic_and_weighted_correction(tmp_path, model_folder, rows_file, co
     arguments = [
         "correct", f"model.source={model_folder}", f"data.train={rows_file}", "data.max_length=48",
         f"adapter={run}/adapter", f"emulator={run}/emulator", "correct.weighted=true",
-        "calibration.calibration_rows=16", f"output={tmp_path}/corrected",
+        "calibration.rows=16", f"output={tmp_path}/corrected",
     ]  # fmt: skip
     assert main(arguments) == 0
     assert (tmp_path / "corrected" / "adapter_config.json").exists()
