@@ -166,7 +166,8 @@ def load_emulator(
     if isinstance(base, Pretrained) and is_scanned(leaves) != base.model.scan_layers:
         kind = "stacked" if is_scanned(leaves) else "separate"
         raise CheckpointError(
-            f"The emulator in {folder} has {kind} layers and the model scan_layers={base.model.scan_layers}. Load the model with "
+            f"The emulator in {folder} has {kind} layers and the model "
+            f"scan_layers={base.model.scan_layers}. Load the model with "
             f"scan_layers={is_scanned(leaves)}."
         )
     return nest(leaves)
