@@ -30,10 +30,10 @@ def demo_config(output: str, *, seed: int = 0) -> FinetuneConfig:
         data=DataOptions(train="generated orders", test="generated orders", max_length=128),
         emulator=EmulatorOptions(ratio=0.5, calibration_rows=128, calibration_batch=16),
         train=TrainOptions(
-            steps=32, batch_size=8, learning_rate=1e-3, warmup=4, save_every=16, chunk=128
+            steps=32, batch_size=8, learning_rate=1e-3, warmup=4, save_every=16, chunk=64
         ),
         correct=CorrectionOptions(rows=32),
-        eval=ScoreOptions(scores=["exact_match"], max_new_tokens=48, batch_size=32),
+        eval=ScoreOptions(scores=["exact_match"], max_new_tokens=40, batch_size=32),
     )
 
 

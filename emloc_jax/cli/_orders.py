@@ -57,7 +57,7 @@ def order_rows(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str
     Example:
       >>> row = order_rows("train", 1)[0]
       >>> row["prompt"].startswith("Order: ") and sorted(json.loads(row["completion"]))
-      ['city', 'day', 'item', 'quantity', 'unit']
+      ['city', 'day', 'item', 'quantity']
     """
     generator = random.Random(f"orders {split} {seed}")
     third = ("train", "dev", "test").index(split)
@@ -77,7 +77,6 @@ def order_rows(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str
         answer = {
             "item": _ITEMS[i],
             "quantity": _VALUES[number],
-            "unit": unit,
             "city": _CITIES[c],
             "day": _DAYS[d],
         }

@@ -27,9 +27,7 @@ def chunked_cross_entropy(
     """Σᵢ wᵢ (logsumexp(zᵢ) − zᵢ[tᵢ]) with z = logits_fn(hidden), and Σᵢ wᵢ.
 
     Tokens are taken `chunk` at a time, and each chunk's logits are computed again in the backward
-    pass, so that at most `chunk · V` logits live at once. Tokens of weight 0 are moved to the end,
-    and a chunk that holds nothing else is not computed at all: with completion-only loss the head
-    costs what the completions cost.
+    pass, so that at most `chunk · V` logits live at once.
 
     Args:
         logits_fn: (n, D) hidden states to (n, V) logits; may close over parameters.
@@ -63,22 +61,15 @@ def chunked_cross_entropy(
     hidden = jnp.pad(hidden.reshape(count, -1), (padding, (0, 0)))
     targets = jnp.pad(targets.reshape(count), padding)
     weights = jnp.pad(weights.reshape(count).astype(jnp.float32), padding)
-    order = jnp.argsort(weights == 0, stable=True)
 
     def split(array: jax.Array) -> jax.Array:
-        array = array.at[order].get(unique_indices=True, mode="promise_in_bounds")
         return array.reshape(chunks, size, *array.shape[1:])
 
     def add(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, t, w = piece
-
-        def weighted_loss() -> jax.Array:
-            logits = logits_fn(h).astype(jnp.float32)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, t)
-            return jnp.sum(jnp.where(w == 0, 0.0, losses * w))
-
-        loss = jax.lax.cond(jnp.any(w != 0), weighted_loss, lambda: jnp.zeros((), jnp.float32))
-        return total + loss, None
+        logits = logits_fn(h).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, t)
+        return total + jnp.sum(jnp.where(w == 0, 0.0, losses * w)), None
 
     # Inside a scan the compiler cannot merge the two forward passes, so no barrier is needed.
     body = jax.checkpoint(add, prevent_cse=False)
