@@ -97,7 +97,7 @@ def main():
     found = find_kernels(model.apply, params, batch["tokens"])
     kernels = {path: spec for path, spec in found.items() if path.startswith("layers/")}
     apply = intercept(model.apply)
-    loss, tx = make_loss(apply, chunk=256), make_optimizer(1e-4)
+    loss, tx = make_loss(apply, chunk=64), make_optimizer(1e-4)
 
     def inference(params, tokens):
         hidden = apply({"params": params}, tokens, method="hidden")

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, rest = parser.parse_known_args(arguments)
     if rest and (parsed.verb == "demo" or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # The tokenizers need no torch, and nobody here misses it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parsed.overrides = [*getattr(parsed, "overrides", []), *rest]  # also those behind a flag
     sys.path.insert(0, os.getcwd())  # so that a score `module:function` of yours is found
     set_up_logging(parsed.verbose)

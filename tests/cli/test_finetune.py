@@ -10,6 +10,7 @@ import transformers
 
 from emloc_jax.checkpoints import load_emulator, load_pretrained
 from emloc_jax.cli import main
+from emloc_jax.errors import CheckpointError
 
 TOKENS = np.arange(12)[None] + 5
 
@@ -58,8 +59,14 @@ def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
     assert np.abs(ours - our_logits(model_folder)).max() > 1e-2  # something was learnt
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer.eos_token == "<|im_end|>"
-    emulator = load_emulator(run / "emulator", load_pretrained(model_folder, tokenizer=False))
+    layouts = {
+        layout: load_pretrained(model_folder, tokenizer=False, scan_layers=layout == "true")
+        for layout in ("true", "false")
+    }
+    emulator = load_emulator(run / "emulator", layouts.pop(scan))
     assert "layers" in emulator
+    with pytest.raises(CheckpointError, match=f"scan_layers={scan.title()}"):
+        load_emulator(run / "emulator", *layouts.values())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

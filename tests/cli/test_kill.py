@@ -19,6 +19,11 @@ def start(common, run, *extra):
     )
 
 
+def finish(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+
 def wait_for_step(process, run, step):
     """Until the metrics hold `step` lines, or the process ends."""
     file = run / "metrics.jsonl"
@@ -30,8 +35,7 @@ def wait_for_step(process, run, step):
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, common):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(common, whole)
-    assert process.wait() == 0, process.stderr.read().decode()
+    finish(start(common, whole))
 
     moments = sorted(random.SystemRandom().sample(range(2, 38), 3))
     for count, step in enumerate(moments):
@@ -39,10 +43,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, common):
         wait_for_step(process, killed, step)
         time.sleep(random.SystemRandom().uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-    process = start(common, killed, "--resume")
-    assert process.wait() == 0, process.stderr.read().decode()
+        process.communicate()
+    finish(start(common, killed, "--resume"))
     for name in ("adapter", "adapter_corrected"):
         one, other = (
             (run / name / "adapter_model.safetensors").read_bytes() for run in (whole, killed)
