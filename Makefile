@@ -24,7 +24,7 @@ lint: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/basedpyright --level error
+	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
 # The oldest versions that pyproject.toml claims, in an environment of their own.
 lowest:
