@@ -11,6 +11,8 @@ __all__ = [
     "NoTokensError",
     "NonFiniteError",
     "OutputExistsError",
+    "PlanError",
+    "ProjectorError",
     "RatioError",
     "ResumeError",
     "UnmatchedRuleError",
@@ -49,6 +51,14 @@ class AdapterMismatchError(EmlocError):
 
 class NonFiniteError(EmlocError):
     """A NaN or an infinity where only finite numbers make sense."""
+
+
+class PlanError(EmlocError):
+    """No setting keeps the memory and time limits that were given."""
+
+
+class ProjectorError(EmlocError):
+    """A projector, or a subspace size, that cannot exist for its kernel."""
 
 
 class RatioError(EmlocError):

@@ -16,6 +16,7 @@ initialization and order; the test rows are the same.
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -81,13 +82,25 @@ TASKS = {
         test_rows=64,
     ),
 }
-RUNS = [
-    (0.5, "two_sided"),
-    (0.5, "one_sided"),
-    (0.7, "two_sided"),
-    (0.7, "one_sided"),
-    (0.5, "plain"),
-]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    ratio: float
+    weighting: str
+    shared: bool = False  # one byte budget, shared out over the kinds of kernel by their spectra
+    calibration: int = 1  # times the task's calibration rows
+
+
+ROWS = {
+    "plain 0.5": Row(0.5, "plain"),
+    "one_sided 0.5": Row(0.5, "one_sided"),
+    "two_sided 0.5": Row(0.5, "two_sided"),
+    "two_sided 0.5, one budget": Row(0.5, "two_sided", shared=True),
+    "two_sided 0.5, 4x calibration": Row(0.5, "two_sided", calibration=4),
+    "one_sided 0.7": Row(0.7, "one_sided"),
+    "two_sided 0.7": Row(0.7, "two_sided"),
+}
 
 
 class Bench:
@@ -115,9 +128,9 @@ class Bench:
         ordered = sorted(examples, key=lambda e: len(e.tokens))
         return list(padded_batches(ordered, batch_size=size, shuffle=False, epochs=1))
 
-    def calibration(self, seed):
+    def calibration(self, seed, factor=1):
         chosen = np.random.default_rng(seed).permutation(len(self.train))
-        examples = [self.train[i] for i in chosen[: self.task.calibration_rows]]
+        examples = [self.train[i] for i in chosen[: factor * self.task.calibration_rows]]
         moments = calibrate(
             lambda variables, batch: self.loss(variables["params"], batch)[0],
             self.params,
@@ -143,17 +156,22 @@ class Bench:
     def measure(self, params):
         return evaluate_loss(self.loss, params, self.test).loss
 
-    def emulated(self, ratio, weighting, seed, moments, small):
+    def emulated(self, row, seed, moments, small):
         began = time.perf_counter()
-        emulator, report = compress(
+        size = {"ratios": row.ratio}
+        if row.shared:
+            whole = sum(math.prod(spec.shape) * 4 for spec in self.kernels.values())
+            size = {"budget": int(row.ratio * whole)}
+        emulator, _ = compress(
             self.params,
-            None if weighting == "plain" else moments,
+            None if row.weighting == "plain" else moments,
             kernels=self.kernels,
-            ratios=ratio,
-            weighting=weighting,
+            weighting=row.weighting,
+            **size,
         )
         jax.block_until_ready(emulator)
         record = {"build_seconds": time.perf_counter() - began}
+        record["untrained"] = self.measure(emulator)
         adapters, record["step_seconds"] = self.train_lora(emulator, seed)
         record["emulator"] = self.measure(attach(emulator, adapters))
         trees = (adapters, self.params, emulator, self.loss)
@@ -173,8 +191,7 @@ def run(args):
     for seed in args.seeds:
         for name in args.tasks:
             done = {r["row"] for r in read(args.output) if (r["task"], r["seed"]) == (name, seed)}
-            wanted = [(f"{w} {ratio}", ratio, w) for ratio, w in RUNS]
-            todo = [item for item in wanted if item[0] in args.rows and item[0] not in done]
+            todo = [name for name in ROWS if name in args.rows and name not in done]
             if not todo:
                 continue
             bench = Bench(base, name, args.data)
@@ -184,9 +201,12 @@ def run(args):
                 adapters, record["step_seconds"] = bench.train_lora(bench.params, seed)
                 record["lora"] = bench.measure(attach(bench.params, adapters))
                 write(args.output, head | {"row": "original"} | record)
-            moments, small = bench.calibration(seed)
-            for row, ratio, weighting in todo:
-                record = bench.emulated(ratio, weighting, seed, moments, small)
+            moments = {}
+            for row in sorted(todo, key=lambda row: ROWS[row].calibration):
+                factor = ROWS[row].calibration
+                if factor not in moments:
+                    moments = {factor: bench.calibration(seed, factor)}
+                record = bench.emulated(ROWS[row], seed, *moments[factor])
                 write(args.output, head | {"row": row} | record)
 
 
@@ -207,7 +227,8 @@ def table(path):
     records = read(path)
     originals = {(r["task"], r["seed"]): r for r in records if r["row"] == "original"}
     columns = [
-        ("emulator alone", lambda r: r["emulator"]),
+        ("emulator, untrained", lambda r: r["untrained"]),
+        ("emulator, trained", lambda r: r["emulator"]),
         ("uncorrected", lambda r: r["by_limit"]["0.0"]),
         ("limit 0.5", lambda r: r["by_limit"]["0.5"]),
         ("limit 1", lambda r: r["by_limit"]["1.0"]),
@@ -228,8 +249,8 @@ def table(path):
         print(f" {lora:.3f}\n")
         print("| emulator | seeds | " + " | ".join(name for name, _ in columns) + " |")
         print("| --- " * (len(columns) + 2) + "|")
-        for ratio, weighting in sorted(RUNS, key=lambda run: (run[0], run[1])):
-            rows = [r for r in mine if r["row"] == f"{weighting} {ratio}"]
+        for label in ROWS:
+            rows = [r for r in mine if r["row"] == label]
             if not rows:
                 continue
             cells = []
@@ -240,10 +261,9 @@ def table(path):
                     for r in rows
                     for o in [originals[task, r["seed"]]]
                 )
-                cells.append(
-                    f"{loss:.3f}" if name == "emulator alone" else f"{loss:.3f} ({kept:.2f})"
-                )
-            print(f"| {weighting} {ratio} | {len(rows)} | " + " | ".join(cells) + " |")
+                emulator = name.startswith("emulator")
+                cells.append(f"{loss:.3f}" if emulator else f"{loss:.3f} ({kept:.2f})")
+            print(f"| {label} | {len(rows)} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -251,8 +271,7 @@ def main():
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    rows = [f"{weighting} {ratio}" for ratio, weighting in RUNS]
-    parser.add_argument("--rows", nargs="+", default=rows, choices=rows)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()

@@ -17,9 +17,11 @@ ALLOWED = {
     "models": GROUND | {"kernels"},
     "emulator": GROUND | {"kernels"},
     "adapters": GROUND | {"kernels"},
-    "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters"},
-    "training": GROUND | {"kernels"},
-    "cli": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
+    "offload": GROUND | {"kernels", "models"},
+    "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
+    "training": GROUND | {"kernels", "offload"},
+    "cli": GROUND
+    | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 

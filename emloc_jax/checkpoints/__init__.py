@@ -10,8 +10,9 @@ from emloc_jax.checkpoints._load_adapter import adapter_info as adapter_info
 from emloc_jax.checkpoints._load_adapter import load_adapter as load_adapter
 from emloc_jax.checkpoints._orbax import load_orbax as load_orbax
 from emloc_jax.checkpoints._orbax import save_orbax as save_orbax
+from emloc_jax.checkpoints._packaged import minilm_path as minilm_path
+from emloc_jax.checkpoints._packaged import smollm2_path as smollm2_path
 from emloc_jax.checkpoints._pretrained import Pretrained as Pretrained
 from emloc_jax.checkpoints._pretrained import load_pretrained as load_pretrained
 from emloc_jax.checkpoints._save_adapter import save_adapter as save_adapter
 from emloc_jax.checkpoints._save_pretrained import save_pretrained as save_pretrained
-from emloc_jax.checkpoints._smollm2 import smollm2_path as smollm2_path

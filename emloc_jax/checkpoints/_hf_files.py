@@ -14,7 +14,9 @@ __all__ = ["copy_side_files", "write_gguf_side_files"]
 _KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 
 
-def copy_side_files(source: Path, folder: Path, dtype: str | None) -> None:
+def copy_side_files(
+    source: Path, folder: Path, dtype: str | None, hf_config: dict[str, Any] | None = None
+) -> None:
     """Copy config, generation config, tokenizer, chat template and licence of the base.
 
     Weights, their index, code and other folders stay where they are: nothing that is run, and
@@ -24,14 +26,17 @@ def copy_side_files(source: Path, folder: Path, dtype: str | None) -> None:
       source: folder of the base.
       folder: where the copy goes.
       dtype: the dtype to name in `config.json`, if it is another than the base's.
+      hf_config: what to write as `config.json`; None: the base's.
     """
     for file in sorted(source.iterdir()):
         licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         weights = file.name.endswith(".index.json") or file.name.startswith("adapter_")
         if file.is_file() and (licence or file.suffix in _KINDS) and not weights:
             shutil.copyfile(file, folder / file.name)
+    config = folder / "config.json"
+    if hf_config is not None:
+        _write_json(config, hf_config)
     if dtype is not None:
-        config = folder / "config.json"
         text = json.loads(config.read_text(encoding="utf-8"))
         text["torch_dtype" if "torch_dtype" in text else "dtype"] = dtype
         _write_json(config, text)

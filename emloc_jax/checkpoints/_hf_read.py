@@ -1,4 +1,4 @@
-"""Parameters of a decoder from a checkpoint, one tensor at a time."""
+"""Parameters of a model from a checkpoint, one tensor at a time."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, WORDS, all_finite
-from emloc_jax.checkpoints._hf_check import EMBEDDING, HEAD, listed
+from emloc_jax.checkpoints._fresh_head import fresh_parameter
+from emloc_jax.checkpoints._hf_check import Stored, listed
 from emloc_jax.checkpoints._layers import scanned_path
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from emloc_jax.kernels import flatten_leaves
-from emloc_jax.models import DecoderConfig, hf_tensor_names
+from emloc_jax.models import hf_tensor_names
 
 __all__ = ["nest", "parameter_dtype", "parameter_shapes", "read_params"]
 
@@ -40,50 +41,70 @@ def parameter_dtype(dtype: Any) -> np.dtype | None:
 
 
 def parameter_shapes(
-    source: WeightSource, config: DecoderConfig, dtype: np.dtype | None, scan_layers: bool
+    source: WeightSource,
+    config: Any,
+    stored: Stored,
+    dtype: np.dtype | None,
+    scan_layers: bool,
 ) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, from the headers alone."""
+    """The parameter tree as `jax.ShapeDtypeStruct`s, from the headers alone.
+
+    What is made afresh has the type of the token embedding.
+    """
+    names = hf_tensor_names(config)
+    embedding = names["embed_tokens/embedding"].name
     shapes: dict[str, Any] = {}
-    for path, tensor in hf_tensor_names(config).items():
+    for path, tensor in names.items():
+        name = stored.names[embedding if path in stored.fresh else tensor.name]
         # GGUF quantisations are dequantised to fp32.
-        stored = NUMPY_DTYPES.get(source.tensors[tensor.name].dtype, NUMPY_DTYPES["F32"])
-        shape = tensor.shape[::-1] if tensor.transpose else tensor.shape
+        found = NUMPY_DTYPES.get(source.tensors[name].dtype, NUMPY_DTYPES["F32"])
         where, layer = scanned_path(path) if scan_layers else (path, None)
         stack = () if layer is None else (config.num_layers,)
-        wanted = dtype or stored
+        wanted = dtype or found
         if where in shapes:  # layers stored in different types share the widest
             wanted = np.promote_types(wanted, shapes[where].dtype)
-        shapes[where] = jax.ShapeDtypeStruct(stack + shape, wanted)
+        shapes[where] = jax.ShapeDtypeStruct(stack + tensor.parameter_shape, wanted)
     return nest(shapes)
 
 
 def read_params(
-    source: WeightSource, config: DecoderConfig, dtype: np.dtype | None, scan_layers: bool
+    source: WeightSource,
+    config: Any,
+    stored: Stored,
+    dtype: np.dtype | None,
+    scan_layers: bool,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The parameter tree in the arrays' stored dtype, or in `dtype`.
 
     Each tensor is read, transposed to (d_in, d_out) where Hugging Face stores (d_out, d_in), cast,
     and let go, so the peak is the parameters and one tensor (scanned: one stacked leaf).
 
+    Args:
+      source: an open checkpoint.
+      config: the model's config.
+      stored: from `check_tensors`.
+      dtype: of the parameters, or None.
+      scan_layers: stack the layers.
+      seed: of the parameters that are made afresh.
+
     Raises:
       NonFiniteError: infinite or NaN weights, in the file or through the cast; all are listed.
       CheckpointError: a tied model carries a head that differs from its embedding.
     """
-    names = hf_tensor_names(config)
-    if config.tie_embeddings and HEAD in source.tensors:
-        if not np.array_equal(source.read(HEAD), source.read(EMBEDDING)):
-            raise CheckpointError(
-                f"The config ties the head to the embedding, but {HEAD} differs from {EMBEDDING}. "
-                "Set tie_word_embeddings to false in config.json if the head is its own."
-            )
-    shapes = flatten_leaves(parameter_shapes(source, config, dtype, scan_layers))
+    _check_copies(source, stored)
+    shapes = flatten_leaves(parameter_shapes(source, config, stored, dtype, scan_layers))
     infinite: list[str] = []
     stacked: dict[str, np.ndarray] = {}
     leaves: dict[str, jax.Array] = {}
-    for path, tensor in names.items():
+    for path, tensor in hf_tensor_names(config).items():
         where, layer = scanned_path(path) if scan_layers else (path, None)
-        array = source.read(tensor.name)
-        array = array.T if tensor.transpose else array
+        if path in stored.fresh:
+            spread = config.initializer_range
+            array = fresh_parameter(path, tensor.parameter_shape, spread, seed)
+        else:
+            array = source.read(stored.names[tensor.name])
+            array = array.T if tensor.transpose else array
         if layer is None:
             target = np.empty(array.shape, shapes[where].dtype)
         else:
@@ -93,7 +114,8 @@ def read_params(
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
             target[...] = array
         if not all_finite(target):
-            infinite.append(f"{tensor.name} ({source.tensors[tensor.name].file})")
+            name = stored.names[tensor.name]
+            infinite.append(f"{name} ({source.tensors[name].file})")
         if layer is None:
             leaves[where] = jnp.asarray(target)
     if infinite:
@@ -106,6 +128,15 @@ def read_params(
         where, array = stacked.popitem()
         leaves[where] = jnp.asarray(array)
     return nest(leaves)
+
+
+def _check_copies(source: WeightSource, stored: Stored) -> None:
+    for copy, of in stored.copies.items():
+        if not np.array_equal(source.read(copy), source.read(of)):
+            raise CheckpointError(
+                f"The config ties the head to the embedding, but {copy} differs from {of}. "
+                "Set tie_word_embeddings to false in config.json if the head is its own."
+            )
 
 
 def nest(leaves: dict[str, Any]) -> dict[str, Any]:

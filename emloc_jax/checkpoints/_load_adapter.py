@@ -16,12 +16,11 @@ from emloc_jax.checkpoints._dtypes import all_finite
 from emloc_jax.checkpoints._fingerprint import base_fingerprint
 from emloc_jax.checkpoints._hf_check import listed
 from emloc_jax.checkpoints._peft_config import PeftScales, read_peft_config
-from emloc_jax.checkpoints._peft_names import linear_modules
+from emloc_jax.checkpoints._peft_names import has_conv1d, linear_modules
 from emloc_jax.checkpoints._pretrained import Pretrained, open_source
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.errors import AdapterMismatchError, NonFiniteError
-from emloc_jax.models import DecoderConfig
 
 __all__ = ["AdapterInfo", "adapter_info", "load_adapter"]
 
@@ -49,7 +48,7 @@ def adapter_info(folder: str | os.PathLike) -> AdapterInfo:
 
 def load_adapter(
     folder: str | os.PathLike,
-    base: Pretrained | DecoderConfig,
+    base: Any,
     *,
     scan_layers: bool | None = None,
     check_base: bool = True,
@@ -58,7 +57,7 @@ def load_adapter(
 
     Args:
       folder: `adapter_model.safetensors` and `adapter_config.json`.
-      base: the model (or its shape) that the adapters are for.
+      base: the model that the adapters are for, or its config.
       scan_layers: paths and stacked factors of the scanned tree; None: as the base is.
       check_base: refuse an adapter of ours made for a base with another fingerprint. Foreign
         adapters carry none; of them names and shapes are checked. Needs a `Pretrained`.
@@ -69,10 +68,10 @@ def load_adapter(
       NonFiniteError: a factor has infinite or NaN entries.
     """
     folder = Path(folder)
-    scales = read_peft_config(folder)
+    config = base.config if isinstance(base, Pretrained) else base
+    scales = read_peft_config(folder, conv1d=has_conv1d(config))
     source = _open(folder)
     info = _info(source)
-    config = base.config if isinstance(base, Pretrained) else base
     linear = {module: (path, *size) for path, (module, *size) in linear_modules(config).items()}
     weights = open_source(base.source)[0] if isinstance(base, Pretrained) else None
     pairs = _pairs(source, scales, linear, weights, folder)

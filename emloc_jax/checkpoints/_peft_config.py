@@ -85,7 +85,13 @@ class PeftScales(NamedTuple):
 
 
 def peft_config(
-    modules: Mapping[str, Adapter], every: Iterable[str], base_name: str, dropout: float
+    modules: Mapping[str, Adapter],
+    every: Iterable[str],
+    base_name: str,
+    dropout: float,
+    *,
+    task: str | None = "CAUSAL_LM",
+    conv1d: bool = False,
 ) -> dict[str, Any]:
     """The `adapter_config.json` of adapters given by module name.
 
@@ -94,6 +100,8 @@ def peft_config(
       every: all linear modules of the base, so that `target_modules` can be short.
       base_name: `base_model_name_or_path`.
       dropout: `lora_dropout`, which acts in further training only.
+      task: PEFT's task type; None: none of them.
+      conv1d: the base stores its kernels (d_in, d_out).
 
     Raises:
       AdapterMismatchError: some adapters use rsLoRA and others do not, which PEFT cannot say.
@@ -112,7 +120,7 @@ def peft_config(
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
@@ -122,14 +130,18 @@ def peft_config(
         "r": rank,
         "rank_pattern": rank_pattern,
         "target_modules": _targets(set(modules), every),
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "use_dora": False,
         "use_rslora": rslora.pop(),
     }
 
 
-def read_peft_config(folder: Path) -> PeftScales:
+def read_peft_config(folder: Path, *, conv1d: bool = False) -> PeftScales:
     """Scales of a PEFT LoRA folder, once everything in its config is known to be honoured.
+
+    Args:
+      folder: of the adapter.
+      conv1d: the base stores its kernels (d_in, d_out), so that `fan_in_fan_out` belongs to it.
 
     Raises:
       CheckpointError: the file is missing or unreadable.
@@ -140,6 +152,8 @@ def read_peft_config(folder: Path) -> PeftScales:
         raise CheckpointError(f"{folder} holds no adapter_config.json, so it is no PEFT adapter.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        if conv1d:
+            config.pop("fan_in_fan_out", None)
         refused = _unsupported(config)
         scales = PeftScales(
             int(config["r"]),

@@ -1,12 +1,14 @@
-"""Kernels of a decoder and the modules that PEFT knows them by."""
+"""Kernels of a model and the modules that PEFT knows them by."""
+
+from typing import Any
 
 from emloc_jax.errors import AdapterMismatchError
-from emloc_jax.models import DecoderConfig, hf_tensor_names
+from emloc_jax.models import hf_tensor_names
 
-__all__ = ["linear_modules", "tied_head_message"]
+__all__ = ["has_conv1d", "linear_modules", "tied_head_message"]
 
 
-def linear_modules(config: DecoderConfig) -> dict[str, tuple[str, int, int]]:
+def linear_modules(config: Any) -> dict[str, tuple[str, int, int]]:
     """Every linear layer: unrolled kernel path -> (module name, d_in, d_out).
 
     >>> from emloc_jax.models import DecoderConfig
@@ -15,11 +17,23 @@ def linear_modules(config: DecoderConfig) -> dict[str, tuple[str, int, int]]:
     >>> linear_modules(config)["layers/0/self_attn/k_proj/kernel"]
     ('model.layers.0.self_attn.k_proj', 16, 8)
     """
-    return {
-        path: (tensor.name.removesuffix(".weight"), tensor.shape[1], tensor.shape[0])
-        for path, tensor in hf_tensor_names(config).items()
-        if path.endswith("/kernel")
-    }
+    modules = {}
+    for path, tensor in hf_tensor_names(config).items():
+        if path.endswith("/kernel"):
+            d_in, d_out = tensor.parameter_shape
+            modules[path] = (tensor.name.removesuffix(".weight"), d_in, d_out)
+    return modules
+
+
+def has_conv1d(config: Any) -> bool:
+    """Whether kernels are stored (d_in, d_out), as GPT-2's are, which PEFT must be told.
+
+    >>> from emloc_jax.models import Gpt2Config
+    >>> has_conv1d(Gpt2Config(32, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8))
+    True
+    """
+    tensors = hf_tensor_names(config).items()
+    return any(path.endswith("/kernel") and not tensor.transpose for path, tensor in tensors)
 
 
 def tied_head_message(path: str) -> AdapterMismatchError:

@@ -1,13 +1,15 @@
-"""A pretrained decoder with everything that belongs to it."""
+"""A pretrained model with everything that belongs to it."""
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from emloc_jax.checkpoints._fresh_head import with_labels
 from emloc_jax.checkpoints._gguf_source import GgufSource
 from emloc_jax.checkpoints._gguf_tokenizer import tokenizer_from_gguf
 from emloc_jax.checkpoints._hf_check import check_tensors
@@ -15,32 +17,42 @@ from emloc_jax.checkpoints._hf_read import parameter_dtype, parameter_shapes, re
 from emloc_jax.checkpoints._locate import locate
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.errors import CheckpointError
-from emloc_jax.models import Decoder, DecoderConfig
+from emloc_jax.models import config_from_hf, model_from_config
 
 __all__ = ["Pretrained", "load_pretrained", "open_source"]
+
+_log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A decoder, its parameters, its tokenizer, and where they came from.
+    """A model, its parameters, its tokenizer, and where they came from.
 
     Attributes:
-      config: the decoder's shape.
-      model: the linen module; `model.apply({"params": params}, tokens)`.
+      config: the model's shape: a `DecoderConfig`, `Gpt2Config` or `EncoderConfig`.
+      model: the linen module, a `Decoder`, `Gpt2` or `Encoder`;
+        `model.apply({"params": params}, tokens)`.
       params: nested dictionary of arrays, or of `jax.ShapeDtypeStruct` if loaded abstract.
       tokenizer: a `transformers` tokenizer, or None.
       source: the folder or GGUF file it was read from (a hub id: its folder in the cache).
-      hf_config: the parsed `config.json`, whole (for GGUF: one made from the metadata).
+      hf_config: the parsed `config.json`, whole (for GGUF: one made from the metadata; with a
+        fresh head: one that names it).
+      fresh: paths (unrolled) of the parameters that `source` lacks and that were made afresh. The
+        base's fingerprint, which is that of `source`, does not see them.
+      unused: tensors of `source` that belong to other heads; `save_pretrained` keeps them, unless
+        a head was made afresh.
     """
 
-    config: DecoderConfig
-    model: Decoder
+    config: Any
+    model: Any
     params: dict[str, Any]
     tokenizer: Any
     source: Path
     hf_config: dict[str, Any]
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def load_pretrained(
@@ -53,12 +65,18 @@ def load_pretrained(
     tokenizer: bool = True,
     abstract: bool = False,
     revision: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
 ) -> Pretrained:
-    """Load a decoder of the Llama family.
+    """Load a decoder of the Llama family, a GPT-2, or a BERT or RoBERTa encoder.
 
     Config, headers, file sizes, names and shapes are checked before any number is read; then each
     tensor is read from a memory map on its own. Every parameter must have exactly one tensor and
-    every tensor exactly one parameter.
+    every tensor exactly one parameter, but for buffers, repeated tied tensors and, in encoders,
+    heads of other models (`Pretrained.unused`).
+
+    An encoder's classification head is made afresh only if it is asked for by `num_labels`; what
+    was made is told in `Pretrained.fresh` and in the log. Dropout is never applied.
 
     Args:
       source: a Hugging Face folder (one safetensors file, or shards with an index), a hub id, or
@@ -70,9 +88,13 @@ def load_pretrained(
       tokenizer: load the tokenizer too, if there is one.
       abstract: give shapes and dtypes instead of arrays, from the headers alone, to plan with.
       revision: branch, tag or commit of a hub id.
+      num_labels: put a classification head of so many labels on an encoder that has none. One
+        that is there already must have this many.
+      seed: of what is made afresh.
 
     Raises:
       CheckpointError: a file is missing, truncated, corrupt, or does not fit the config.
+      ConfigError: an impossible option.
       NonFiniteError: infinite or NaN weights.
       UnsupportedArchitectureError: a family, or an option of one, that is not implemented.
 
@@ -83,19 +105,31 @@ def load_pretrained(
     wanted = parameter_dtype(dtype)
     path = locate(source, revision)
     weights, hf_config = open_source(path)
-    config = DecoderConfig.from_hf(hf_config)
-    check_tensors(weights, config, str(path))
+    config = config_from_hf(hf_config, weights.tensors)
+    if num_labels is not None:
+        config = with_labels(config, num_labels, weights, str(path))
+    stored = check_tensors(weights, config, str(path), fresh_head=num_labels is not None)
+    if stored.unused:
+        _log.info("%s: no use for %s.", path, ", ".join(stored.unused))
+    if stored.fresh:
+        _log.warning("%s lacks %s: made afresh.", path, ", ".join(stored.fresh))
+        said = config.to_hf()
+        hf_config = hf_config | {
+            key: said[key] for key in ("architectures", "id2label", "label2id")
+        }
     words = _tokenizer(path, weights) if tokenizer else None
-    read = parameter_shapes if abstract else read_params
-    model = Decoder(
+    model = model_from_config(
         config,
         dtype=compute_dtype,
         param_dtype=jnp.float32 if wanted is None else wanted,
         scan_layers=scan_layers,
         remat=remat,
     )
-    params = read(weights, config, wanted, scan_layers)
-    return Pretrained(config, model, params, words, path, hf_config)
+    if abstract:
+        params = parameter_shapes(weights, config, stored, wanted, scan_layers)
+    else:
+        params = read_params(weights, config, stored, wanted, scan_layers, seed)
+    return Pretrained(config, model, params, words, path, hf_config, stored.fresh, stored.unused)
 
 
 def open_source(path: Path) -> tuple[SafetensorsSource | GgufSource, dict[str, Any]]:
@@ -116,7 +150,7 @@ def open_source(path: Path) -> tuple[SafetensorsSource | GgufSource, dict[str, A
             raise ValueError("it is no JSON object")
     except ValueError as error:
         raise CheckpointError(f"{config} cannot be read: {error}. Get it again.") from error
-    DecoderConfig.from_hf(hf_config)  # an unsupported model is told before missing weights are
+    config_from_hf(hf_config)  # an unsupported model is told before missing weights are
     return SafetensorsSource.of_folder(path), hf_config
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES
 from emloc_jax.checkpoints._source import TensorInfo
 from emloc_jax.errors import CheckpointError
+from emloc_jax.models import is_buffer
 
 __all__ = ["SafetensorsSource", "read_index"]
 
@@ -20,7 +21,8 @@ class SafetensorsSource:
     """The tensors of one or more safetensors files as one checkpoint.
 
     Opening reads only the headers: that every header is whole, that the file is as long as its
-    header says, that no tensor occurs twice, and that every type is fp32, fp16 or bf16.
+    header says, that no tensor occurs twice, and that every type is fp32, fp16 or bf16. Buffers of
+    another type (BERT's position numbers) are passed over: no parameter stands for them.
 
     Raises:
       CheckpointError: a file is missing, truncated or corrupt, or holds another type.
@@ -31,6 +33,7 @@ class SafetensorsSource:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         self._handles, self._starts = {}, {}
+        self._passed: set[str] = set()
         for file in files:
             self._open(file)
 
@@ -48,6 +51,9 @@ class SafetensorsSource:
         for name in handle.keys():
             entry = handle.get_slice(name)
             dtype = entry.get_dtype()
+            if dtype not in NUMPY_DTYPES and is_buffer(name):
+                self._passed.add(name)
+                continue
             if dtype not in NUMPY_DTYPES:
                 raise CheckpointError(
                     f"Tensor {name!r} of {file} has type {dtype}; only fp32, fp16 and bf16 "
@@ -81,7 +87,11 @@ class SafetensorsSource:
             )
         source = cls(files)
         stored = {name: info.file.name for name, info in source.tensors.items()}
-        wrong = [name for name in index | stored if index.get(name) != stored.get(name)]
+        wrong = [
+            name
+            for name in index | stored
+            if index.get(name) != stored.get(name) and name not in source._passed
+        ]
         if wrong:
             listed = "; ".join(
                 f"{name}: index says {index.get(name, 'nothing')}, found in "

@@ -14,10 +14,11 @@ from emloc_jax.checkpoints._adapter_layers import split_layers
 from emloc_jax.checkpoints._fingerprint import base_fingerprint
 from emloc_jax.checkpoints._hf_check import listed
 from emloc_jax.checkpoints._peft_config import peft_config
-from emloc_jax.checkpoints._peft_names import linear_modules, tied_head_message
+from emloc_jax.checkpoints._peft_names import has_conv1d, linear_modules, tied_head_message
 from emloc_jax.checkpoints._pretrained import Pretrained
 from emloc_jax.checkpoints._safetensors_write import TensorPlan, planned_bytes, write_safetensors
 from emloc_jax.errors import AdapterMismatchError
+from emloc_jax.models import CausalModel
 
 __all__ = ["save_adapter"]
 
@@ -52,16 +53,31 @@ def save_adapter(
 
     Raises:
       OutputExistsError: the folder exists.
-      AdapterMismatchError: an adapter fits no linear layer of the base, or cannot be said in PEFT.
+      AdapterMismatchError: an adapter fits no linear layer of the base, or cannot be said in PEFT,
+        or the base has a fresh head that stands in no file.
       NonFiniteError: a factor has infinite or NaN entries.
       CheckpointError: there are no adapters, or the disk is full.
     """
+    if base.fresh:
+        raise AdapterMismatchError(
+            f"The adapter's base was loaded with a fresh head ({', '.join(base.fresh)}) that no "
+            "file holds, so nobody could load it again. Write the base with save_pretrained, load "
+            "that folder, and give it as the base."
+        )
     linear = linear_modules(base.config)
     layers = split_layers(adapters)
     _match(layers, linear)
     modules = {linear[path][0]: adapter for path, adapter in layers.items()}
     every = [module for module, _, _ in linear.values()]
-    config = peft_config(modules, every, base_name or str(base.source), dropout)
+    causal = isinstance(base.model, CausalModel)
+    config = peft_config(
+        modules,
+        every,
+        base_name or str(base.source),
+        dropout,
+        task="CAUSAL_LM" if causal else None,
+        conv1d=has_conv1d(base.config),
+    )
     plans, sources = [], {}
     for module, adapter in modules.items():
         a, b = adapter.matrices()
@@ -81,7 +97,8 @@ def save_adapter(
         write_safetensors(file, plans, lambda key: np.asarray(sources[key]).T, metadata)
         text = json.dumps(config, indent=2) + "\n"
         (partial / "adapter_config.json").write_text(text, encoding="utf-8")
-        card = _card(config, corrected, limit, base.source)
+        loader = "AutoModelForCausalLM" if causal else base.config.class_name
+        card = _card(config, corrected, limit, base.source, loader)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Path(folder).absolute()
 
@@ -108,7 +125,11 @@ def _match(layers: Mapping[str, Adapter], linear: Mapping[str, tuple[str, int, i
 
 
 def _card(
-    config: Mapping[str, Any], corrected: bool, limit: float | str | None, source: Path
+    config: Mapping[str, Any],
+    corrected: bool,
+    limit: float | str | None,
+    source: Path,
+    loader: str,
 ) -> str:
     name = config["base_model_name_or_path"]
     load = f'"{name}"'
@@ -128,9 +149,9 @@ Rank {config["r"]}, alpha {config["lora_alpha"]}, on {", ".join(map(str, config[
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained({load})
+base = {loader}.from_pretrained({load})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """

@@ -1,7 +1,7 @@
 """The whole job: calibrate, emulate, train, correct, merge, evaluate."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from emloc_jax.cli._data import (
     load_rows,
     training_batches,
 )
+from emloc_jax.cli._lsp import lsp_facts, open_trainer, train_lsp
 from emloc_jax.cli._options import FinetuneConfig
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._run import Run
@@ -46,6 +47,7 @@ from emloc_jax.cli._stages import (
     write_emulator,
 )
 from emloc_jax.emulator import load_moments, save_moments
+from emloc_jax.offload import PipelinedTrainer
 from emloc_jax.training import evaluate_loss
 
 __all__ = ["finetune"]
@@ -77,14 +79,18 @@ def finetune(
     if config.method == "emloc":
         check_emulator_options(config.emulator)
         check_correction(config.correct)
-    session = open_session(config.model, chunk=config.train.chunk)
+    # LSP-Offload puts the parameters on the device itself, block by block.
+    on_device = config.method != "lsp"
+    session = open_session(config.model, chunk=config.train.chunk, on_device=on_device)
     if config.method == "emloc":
         check_emulation(session, config.emulator)
-    check_training(session, config.train, None if config.method == "full" else config.lora)
+    lora = config.lora if config.method in ("emloc", "lora") else None
+    check_training(session, config.train, lora)
     train_data = load_rows(session, train_rows or config.data.train, config.data)
     test = test_rows or config.data.test
     test_data = load_rows(session, test, config.data, first=config.eval.rows) if test else None
     check_data(session, config, train_data, test_data)
+    trainer = open_trainer(session, config, train_data) if config.method == "lsp" else None
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
     job = _Job(config, run, session, train_data, test_data)
     match config.method:
@@ -94,6 +100,9 @@ def finetune(
             job.lora()
         case "full":
             job.full()
+        case "lsp":
+            assert trainer is not None
+            job.lsp(trainer)
     run.write_json("report.json", job.report.to_dict())
     draw_curves(run.folder)
     return job.report
@@ -167,6 +176,41 @@ class _Job:
         self.evaluate("all parameters tuned", params, None)
         self.save_merged(params)
 
+    def lsp(self, trainer: PipelinedTrainer) -> None:
+        """All parameters by LSP-Offload: Adam on the host, compressed gradients."""
+        config = self.config
+        self.evaluate("zero-shot", trainer.params(), None)
+        test = self.test_batches() if config.train.evaluate_every is not None else None
+        trained = train_lsp(
+            trainer,
+            self.training_batches(),
+            config.train,
+            folder=self.run.folder,
+            resume=self.run.resumed,
+            config=self.run_config(),
+            evaluate=self.test_loss(test) if test else None,
+        )
+        self.report.facts["step_seconds"] = trained.result.seconds_per_step
+        self.report.facts["tokens per second"] = trained.result.tokens_per_second
+        self.report.facts |= lsp_facts(trainer)
+        self.evaluate("all parameters tuned", trained.params, None)
+        self.save_merged(trained.params)
+
+    def run_config(self) -> dict[str, Any]:
+        """What must be equal when training is resumed."""
+        return {"config": (self.run / "config.yaml").read_text(encoding="utf-8")}
+
+    def training_batches(self) -> Any:
+        """The endless stream of training batches."""
+        config = self.config
+        return training_batches(
+            self.train_data, config.data, batch_size=config.train.batch_size, seed=config.seed
+        )
+
+    def test_loss(self, batches: list[Any]) -> Callable[[Any], dict[str, float]]:
+        """From parameters to their loss on the test rows."""
+        return lambda params: {"test_loss": evaluate_loss(self.session.loss, params, batches).loss}
+
     def calibration(self, rows: int) -> list[Any]:
         """Batches of training rows; a smaller number of rows is a part of a larger one."""
         return calibration_batches(
@@ -218,14 +262,12 @@ class _Job:
     def train(self, trainables: Any, frozen: Any, combine: Any) -> Trained:
         """Trains with checkpoints in the run's folder."""
         config, session = self.config, self.session
-        batches = training_batches(
-            self.train_data, config.data, batch_size=config.train.batch_size, seed=config.seed
-        )
+        batches = self.training_batches()
         test = self.test_batches() if config.train.evaluate_every is not None else None
+        of_params = self.test_loss(test or [])
 
         def test_loss(trainables: Any) -> dict[str, float]:
-            params = trainables if combine is None else combine(trainables, frozen, None)
-            return {"test_loss": evaluate_loss(session.loss, params, test or []).loss}
+            return of_params(trainables if combine is None else combine(trainables, frozen, None))
 
         trained = train_on(
             session,
@@ -237,7 +279,7 @@ class _Job:
             seed=config.seed,
             folder=self.run.folder,
             resume=self.run.resumed,
-            config={"config": (self.run / "config.yaml").read_text(encoding="utf-8")},
+            config=self.run_config(),
             evaluate=test_loss if test else None,
         )
         facts = self.report.facts

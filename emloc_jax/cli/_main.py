@@ -26,6 +26,7 @@ Options are `key=value`, after an optional YAML file; the resolved configuration
 the results. An unknown key is an error. No existing output is overwritten."""
 
 _VERBS: dict[str, type] = {
+    "plan": options.PlanConfig,
     "emulate": options.EmulateConfig,
     "finetune": options.FinetuneConfig,
     "correct": options.CorrectConfig,
@@ -87,6 +88,10 @@ def _runner(parsed: argparse.Namespace) -> Callable[[], Any]:
         from emloc_jax.cli._finetune_verb import run_finetune
 
         return lambda: run_finetune(config, resume=parsed.resume)
+    if parsed.verb == "plan":
+        from emloc_jax.cli._plan import run_plan
+
+        return lambda: run_plan(config)
     import emloc_jax.cli._verbs as verbs
 
     return lambda: getattr(verbs, f"run_{parsed.verb}")(config)

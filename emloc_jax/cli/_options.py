@@ -16,9 +16,12 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "HardwareOptions",
     "LoraOptions",
+    "LspOptions",
     "MergeConfig",
     "ModelOptions",
+    "PlanConfig",
     "SamplingOptions",
     "ScoreOptions",
     "TrainOptions",
@@ -119,6 +122,37 @@ class LoraOptions:
 
 
 @dataclass
+class LspOptions:
+    """Compressed gradients, Adam on the host (method lsp)."""
+
+    schedule: Literal["lsp", "lsp_serial", "layerwise", "offload", "offload_delayed", "native"] = (
+        option("lsp", "what is compressed and overlapped; the others are baselines")
+    )
+    train: dict[str, str] = option(
+        {"layers/.*/kernel": "subspace"},
+        "per regular expression: subspace (compressed), host, device or frozen; the rest is frozen",
+    )
+    subspace: float = option(
+        0.5, "size of compressed gradients: up to 1 a fraction of each side, from 2 a whole number"
+    )
+    nnz: int = option(4, "non-zeros per row of a projector")
+    refit_every: int = option(100, "steps between two checks of the projectors")
+    calibration_rows: int = option(16, "fresh training rows for each check")
+    threshold: float = option(0.5, "estimation error above which projectors are fitted again")
+    fit_steps: int = option(100, "most steps of a fit")
+    fit_rate: float = option(0.1, "learning rate of a fit")
+    product: Literal["sparse", "dense"] = option(
+        "sparse", "products with projectors: gathers, or dense with a cached copy"
+    )
+    wire: Dtype = option("float32", "dtype of gradients and updates on the link")
+    rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
+        "nearest", "how updates of bfloat16 parameters are rounded"
+    )
+    link: Literal["plain", "pinned"] = option("plain", "copies through pinned host memory, or not")
+    profile: bool = option(False, "record the lanes: timeline.png, timeline.json, a summary")
+
+
+@dataclass
 class TrainOptions:
     """Optimization: AdamW, linear warm-up, cosine decay."""
 
@@ -173,8 +207,9 @@ class SamplingOptions:
 class FinetuneConfig:
     """Fine-tune a model: calibrate, emulate, train, correct, merge, evaluate, export."""
 
-    method: Literal["emloc", "lora", "full"] = option(
-        "emloc", "train on the emulator, LoRA on the original, or all parameters"
+    method: Literal["emloc", "lora", "full", "lsp"] = option(
+        "emloc",
+        "train on the emulator, LoRA on the original, all parameters, or all by LSP-Offload",
     )
     output: str = option(MISSING, "new folder for everything the run makes")
     seed: int = option(0, "seed of initialization, order and dropout")
@@ -182,6 +217,7 @@ class FinetuneConfig:
     data: DataOptions = group(DataOptions)
     emulator: EmulatorOptions = group(EmulatorOptions)
     lora: LoraOptions = group(LoraOptions)
+    lsp: LspOptions = group(LspOptions)
     train: TrainOptions = group(TrainOptions)
     correct: CorrectionOptions = group(CorrectionOptions)
     eval: ScoreOptions = group(ScoreOptions)
@@ -243,6 +279,33 @@ class EvalConfig:
     model: ModelOptions = group(ModelOptions)
     data: OptionalDataOptions = group(OptionalDataOptions)
     eval: ScoreOptions = group(ScoreOptions)
+
+
+@dataclass
+class HardwareOptions:
+    """Figures of a machine; what is missing can be measured."""
+
+    measure: bool = option(False, "measure on this machine what is not given")
+    to_host: str | None = option(None, "link, bytes per second down, e.g. 16GB")
+    to_device: str | None = option(None, "link, bytes per second up")
+    host_adam: float | None = option(None, "elements that Adam updates on the host, per second")
+    flops: float | None = option(None, "matrix products of the device, FLOP/s")
+    device_memory: str | None = option(None, "e.g. 24GiB; null: no limit, or as measured")
+    host_memory: str | None = option(None, "e.g. 64GiB; null: no limit, or as measured")
+
+
+@dataclass
+class PlanConfig:
+    """Predict time and memory of a step and choose settings, without allocating anything."""
+
+    method: Literal["lsp"] = option("lsp", "what is planned")
+    batch_size: int = option(4, "rows per micro-batch")
+    length: int = option(1024, "tokens per row")
+    slowdown: float = option(1.1, "longest step, as a multiple of Adam in device memory")
+    output: str | None = option(None, "new JSON file; null: only print")
+    model: ModelOptions = group(ModelOptions)
+    lsp: LspOptions = group(LspOptions)
+    hardware: HardwareOptions = group(HardwareOptions)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from emloc_jax.adapters import Adapter, attach
 from emloc_jax.checkpoints import Pretrained, load_pretrained, smollm2_path
 from emloc_jax.cli._console import status
 from emloc_jax.cli._options import ModelOptions
-from emloc_jax.errors import ConfigError
+from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.kernels import KernelSpec, find_kernels, intercept
-from emloc_jax.models import generate
+from emloc_jax.models import CausalModel, generate
 from emloc_jax.training import Loss, make_loss
 
 __all__ = ["Session", "byte_size", "open_session", "parameter_count"]
@@ -84,8 +84,8 @@ class Session:
         return params if adapters is None else attach(params, adapters)
 
 
-def open_session(options: ModelOptions, *, chunk: int = 256) -> Session:
-    """Loads the original model."""
+def open_session(options: ModelOptions, *, chunk: int = 256, on_device: bool = True) -> Session:
+    """Loads the original model, onto the device unless told otherwise."""
     source = str(smollm2_path()) if options.source == "smollm2" else options.source
     with status(f"Loading {options.source}"):
         base = load_pretrained(
@@ -95,8 +95,13 @@ def open_session(options: ModelOptions, *, chunk: int = 256) -> Session:
             scan_layers=options.scan_layers,
             remat=options.remat,
         )
-        # On the device once; every stage then shares these buffers.
-        base = dataclasses.replace(base, params=jax.device_put(base.params))
+        if not isinstance(base.model, CausalModel):
+            raise UnsupportedArchitectureError(
+                f"{options.source} is a {base.config.model_type} encoder; this command trains and "
+                "runs causal language models. Use one, or the functions from Python."
+            )
+        if on_device:  # once; every stage then shares these buffers
+            base = dataclasses.replace(base, params=jax.device_put(base.params))
     apply = intercept(base.model.apply)
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     kernels = find_kernels(base.model.apply, base.params, tokens)

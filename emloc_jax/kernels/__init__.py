@@ -1,7 +1,8 @@
 """Boxed kernels: leaves of a parameter tree that stand for an array.
 
-Boxes (`LowRankKernel`, `LoraKernel`, `TappedKernel`) nest and work in any linen module by
-unboxing; `intercept` computes with their factors; `find_kernels` asks a model what it has.
+Boxes (`LowRankKernel`, `LoraKernel`, `TappedKernel`, `SubspaceKernel`) nest and work
+in any linen module by unboxing; `intercept` computes with their factors; `find_kernels` asks a
+model what it has.
 """
 
 from emloc_jax.kernels._box import Box as Box
@@ -29,6 +30,24 @@ from emloc_jax.kernels._paths import flatten_leaves as flatten_leaves
 from emloc_jax.kernels._paths import get_leaf as get_leaf
 from emloc_jax.kernels._paths import set_leaves as set_leaves
 from emloc_jax.kernels._product import KernelUse as KernelUse
+from emloc_jax.kernels._projector import SparseProjector as SparseProjector
+from emloc_jax.kernels._projector import cache as cache
+from emloc_jax.kernels._projector import dense_projector as dense_projector
+from emloc_jax.kernels._projector import identity_projector as identity_projector
+from emloc_jax.kernels._projector import make_projector as make_projector
+from emloc_jax.kernels._projector import stack_projectors as stack_projectors
+from emloc_jax.kernels._projector import to_dense as to_dense
+from emloc_jax.kernels._projector import uncache as uncache
+from emloc_jax.kernels._projector import with_values as with_values
+from emloc_jax.kernels._projector_choice import faster_products as faster_products
+from emloc_jax.kernels._projector_products import cross as cross
+from emloc_jax.kernels._projector_products import gram as gram
+from emloc_jax.kernels._projector_products import lift as lift
+from emloc_jax.kernels._projector_products import lift_matrix as lift_matrix
+from emloc_jax.kernels._projector_products import lift_rows as lift_rows
+from emloc_jax.kernels._projector_products import project as project
+from emloc_jax.kernels._projector_products import project_matrix as project_matrix
 from emloc_jax.kernels._rules import match_rules as match_rules
 from emloc_jax.kernels._rules import select as select
+from emloc_jax.kernels._subspace import SubspaceKernel as SubspaceKernel
 from emloc_jax.kernels._tapped import TappedKernel as TappedKernel

@@ -1,7 +1,7 @@
 """The common base of boxed kernels."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 from flax.core import meta
@@ -20,6 +20,9 @@ class Box(meta.AxisMetadata[Any]):
     Against Flax's habit, the leaves of a box do not correspond to the unboxed value. Hence no code
     may zip a boxed tree with an unboxed one, and `replace_boxed` refuses.
     """
+
+    # Whether `intercept` computes with the box; if not, every module unboxes it.
+    fast: ClassVar[bool] = True
 
     def replace_boxed(self, val: Any) -> Self:
         """Refuses: a product of factors cannot be overwritten by an array."""

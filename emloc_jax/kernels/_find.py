@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -70,6 +70,8 @@ class KernelSpec:
 @struct.dataclass
 class _Probe(Box):
     """Passes its value through and tells the recorder, by path, who read it."""
+
+    fast: ClassVar[bool] = False  # so that an intercepted `apply` can be asked, too
 
     value: Any
     path: str = struct.field(pytree_node=False, default="")

@@ -66,7 +66,7 @@ def _run(
     handler = handler_for(type(module), context.method_name)
     if handler is not None and name is not None:
         box = module.get_variable("params", name)
-        if not is_box(peel(box)):
+        if not _is_fast(box):
             return next_fn(*args, **kwargs)
         use = handler(module, args, kwargs)
         if not isinstance(use, str):
@@ -82,10 +82,15 @@ def _refuse_boxes(module: nn.Module, reason: str) -> None:
     assert module.scope is not None
     own = module.scope.variables().get("params", {})
     for name, value in own.items():
-        if is_box(peel(value)):
+        if _is_fast(value):
             path = "/".join((*module.path, name))
             raise UnsupportedKernelError(
                 f"Kernel '{path}' of {type(module).__name__} is boxed, but {reason} Register one "
                 "with `register_handler`, leave this kernel out, or pass `allow_materialize=True` "
                 "to multiply the factors out at every call."
             )
+
+
+def _is_fast(value: Any) -> bool:
+    value = peel(value)
+    return is_box(value) and value.fast

@@ -1,6 +1,7 @@
 """What a module does with its kernel, and how that is computed for each kind of box."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from emloc_jax.errors import UnsupportedKernelError
 from emloc_jax.kernels._box import peel
 from emloc_jax.kernels._layout import Layout
 from emloc_jax.kernels._lora import LoraKernel
 from emloc_jax.kernels._low_rank import LowRankKernel
+from emloc_jax.kernels._subspace import SubspaceKernel, apply_frozen, tie_core
 from emloc_jax.kernels._tapped import TappedKernel, tap_gradient, tap_input
 
 __all__ = ["KernelUse", "apply_kernel"]
@@ -81,6 +84,17 @@ def _linear(use: KernelUse, inputs: jax.Array, kernel: Any) -> jax.Array:
             y = tap_input(y, use.rows(inputs), kernel, use.name())
             rows, restore = use.out_rows(y)
             return restore(tap_gradient(rows, kernel, use.name()))
+        case SubspaceKernel():
+            if use.rows is None or use.out_rows is None:
+                raise UnsupportedKernelError(
+                    f"{use.name()} looks rows up in a table that is trained in a subspace. What "
+                    "the lookup adds to the table's gradient has no compressed form and would be "
+                    "lost. Leave this kernel out of the subspace kernels (freeze it, or train it "
+                    "densely), or untie it."
+                )
+            y = apply_frozen(functools.partial(_linear, use), inputs, kernel.base)
+            rows, restore = use.out_rows(y)
+            return restore(tie_core(rows, use.rows(inputs), kernel, use.name()))
         case _:
             return use.full(inputs, kernel)
 

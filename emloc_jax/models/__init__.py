@@ -1,34 +1,49 @@
-"""One linen decoder for the Llama family, its Hugging Face names, and generation."""
+"""Linen models of three kinds (Llama family, GPT-2, BERT and RoBERTa), their Hugging Face names."""
 
+from emloc_jax.models.architectures import supported_classes
 from emloc_jax.models.block_stack import BlockStack, block_stack
 from emloc_jax.models.cache import grow_cache, init_cache
-from emloc_jax.models.chat import encode_chat
+from emloc_jax.models.causal import CausalModel
 from emloc_jax.models.config import DecoderConfig
 from emloc_jax.models.decoder import Decoder
+from emloc_jax.models.encoder import Encoder
+from emloc_jax.models.encoder_config import EncoderConfig
 from emloc_jax.models.families import supported_architectures
 from emloc_jax.models.generation import generate
-from emloc_jax.models.hf_names import HfTensor, hf_tensor_names, is_buffer
+from emloc_jax.models.gpt2 import Gpt2
+from emloc_jax.models.gpt2_config import Gpt2Config
+from emloc_jax.models.hf_names import hf_storage, hf_tensor_names, is_buffer
+from emloc_jax.models.hf_storage import HfStorage, HfTensor
 from emloc_jax.models.layer_layout import stack_layers, unstack_layers
-from emloc_jax.models.registry import model_from_hf
+from emloc_jax.models.registry import config_from_hf, model_from_config, model_from_hf
 from emloc_jax.models.rope import RopeScaling
 from emloc_jax.models.sampling import sample_tokens
 
 __all__ = [
     "BlockStack",
+    "CausalModel",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "Gpt2",
+    "Gpt2Config",
+    "HfStorage",
     "HfTensor",
     "RopeScaling",
     "block_stack",
-    "encode_chat",
+    "config_from_hf",
     "generate",
     "grow_cache",
+    "hf_storage",
     "hf_tensor_names",
     "init_cache",
     "is_buffer",
+    "model_from_config",
     "model_from_hf",
     "sample_tokens",
     "stack_layers",
     "supported_architectures",
+    "supported_classes",
     "unstack_layers",
 ]

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
+from emloc_jax.errors import UnsupportedArchitectureError
+from emloc_jax.models._hf_keys import as_tuple, from_tuple, refuse_quantised, required
 from emloc_jax.models._hf_rope import read_rope, write_rope
 from emloc_jax.models.families import Family, family_of, supported_architectures
 
@@ -32,15 +33,15 @@ def read_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     family = family_of(hf)
     _refuse_unimplemented(hf, family)
     theta, scaling = read_rope(hf, family.max_position_embeddings)
-    hidden_size, num_heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
+    hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     attention_bias = bool(hf.get("attention_bias", False))
     qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
     return dict(
         model_type=family.model_type,
-        vocab_size=_required(hf, "vocab_size"),
+        vocab_size=required(hf, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_required(hf, "intermediate_size"),
-        num_layers=_required(hf, "num_hidden_layers"),
+        intermediate_size=required(hf, "intermediate_size"),
+        num_layers=required(hf, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=hf.get("num_key_value_heads", family.num_kv_heads) or num_heads,
         head_dim=hf.get("head_dim", family.head_dim) or hidden_size // num_heads,
@@ -56,7 +57,7 @@ def read_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         initializer_range=float(hf.get("initializer_range", 0.02)),
         bos_token_id=hf.get("bos_token_id"),
-        eos_token_ids=_as_tuple(hf.get("eos_token_id")),
+        eos_token_ids=as_tuple(hf.get("eos_token_id")),
         pad_token_id=hf.get("pad_token_id"),
     )
 
@@ -73,7 +74,6 @@ def write_hf_config(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         UnsupportedArchitectureError: the family has no way to say one of the config's options.
     """
-    eos = config.eos_token_ids
     hf: dict[str, Any] = {
         "architectures": [supported_architectures().get(config.model_type)],
         "model_type": config.model_type,
@@ -91,7 +91,7 @@ def write_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        "eos_token_id": from_tuple(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
     family = family_of(hf)
@@ -125,12 +125,7 @@ def _refuse_unimplemented(hf: Mapping[str, Any], family: Family) -> None:
             f"hidden_act={activation!r} was asked for; only 'silu' is implemented. "
             "Use a model with the gated silu MLP."
         )
-    if hf.get("quantization_config"):
-        method = dict(hf["quantization_config"]).get("quant_method")
-        raise UnsupportedArchitectureError(
-            f"The checkpoint is quantised (quant_method={method!r}); only unquantised "
-            "safetensors and GGUF are read. Use the unquantised checkpoint."
-        )
+    refuse_quantised(hf)
     if hf.get("attention_dropout"):
         # It acts in training only and is zero in every released model of these families.
         _log.warning("attention_dropout=%s is not applied.", hf["attention_dropout"])
@@ -160,25 +155,8 @@ def _uses_window(hf: Mapping[str, Any]) -> bool:
     if not hf.get("use_sliding_window") or hf.get("layer_types"):
         return False  # layer_types, where given, has the last word
     first = hf.get("max_window_layers", 28)
-    return hf.get("sliding_window", 4096) is not None and first < _required(hf, "num_hidden_layers")
+    return hf.get("sliding_window", 4096) is not None and first < required(hf, "num_hidden_layers")
 
 
 def _sliding_window(hf: Mapping[str, Any], family: Family) -> int | None:
     return hf.get("sliding_window", family.sliding_window) if family.always_sliding else None
-
-
-def _required(hf: Mapping[str, Any], key: str) -> int:
-    value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = "is missing" if value is None else f"is {value!r}"
-        raise ConfigError(
-            f"config.json needs {key!r} as a positive whole number, but it {found}. "
-            "Take the file that came with the weights."
-        )
-    return value
-
-
-def _as_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)

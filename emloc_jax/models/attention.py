@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import linen as nn
 from jax import Array
 
+from emloc_jax.models.attend import attend
+from emloc_jax.models.cache import KeysValues, write_cache
 from emloc_jax.models.config import DecoderConfig
 from emloc_jax.models.context import Context
 from emloc_jax.models.rope import apply_rope
 
-__all__ = ["Attention", "KeysValues"]
-
-KeysValues = tuple[Array, Array]
+__all__ = ["Attention"]
 
 
 class Attention(nn.Module):
@@ -84,14 +83,8 @@ class Attention(nn.Module):
             ((B, T, D), the cache with the new tokens).
         """
         queries, *new = self._project(x, context)
-        start = (layer, 0, slot, 0, 0)
-        keys, values = (
-            jax.lax.dynamic_update_slice(old, fresh[None].astype(old.dtype), start)
-            for old, fresh in zip(cache, new, strict=True)
-        )
-        own_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        return self._attend(queries, own_keys, own_values, context), (keys, values)
+        cache, keys, values = write_cache(cache, new, layer, slot)
+        return self._attend(queries, keys, values, context), cache
 
     def _project(self, x: Array, context: Context) -> tuple[Array, Array, Array]:
         c, (batch, length, _) = self.config, x.shape
@@ -104,17 +97,13 @@ class Attention(nn.Module):
         return apply_rope(queries, cos, sin), apply_rope(keys, cos, sin), values
 
     def _attend(self, queries: Array, keys: Array, values: Array, context: Context) -> Array:
-        batch, length, heads, width = queries.shape
-        # Without a mask the sequence is one segment: causality is said in words, not in a (T, T)
-        # array, so that a fused implementation can skip what is masked.
-        window = self.config.sliding_window if context.mask is None else None
-        mixed = jax.nn.dot_product_attention(
+        mixed = attend(
             queries,
-            keys.astype(queries.dtype),
-            values.astype(queries.dtype),
-            mask=context.mask,
-            is_causal=context.mask is None,
-            local_window_size=None if window is None or window >= length else (window - 1, 0),
+            keys,
+            values,
+            context.mask,
+            causal=True,
+            window=self.config.sliding_window,
             implementation=self.implementation,
         )
-        return self.o_proj(mixed.reshape(batch, length, heads * width))
+        return self.o_proj(mixed)

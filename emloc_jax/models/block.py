@@ -7,7 +7,8 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from emloc_jax.models.attention import Attention, KeysValues
+from emloc_jax.models.attention import Attention
+from emloc_jax.models.cache import KeysValues
 from emloc_jax.models.config import DecoderConfig
 from emloc_jax.models.context import Context
 

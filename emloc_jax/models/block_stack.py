@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from emloc_jax.models.block import DecoderBlock
-from emloc_jax.models.context import sequence_context
-from emloc_jax.models.decoder import Decoder
+from emloc_jax.models.causal import CausalModel
+from emloc_jax.models.encoder import Encoder
 
 __all__ = ["BlockStack", "block_stack"]
 
@@ -20,7 +20,7 @@ class BlockStack:
     """A model that can be walked block by block, in the memory of one block.
 
     ``head(params, block(…block(embed(params, …)…)))`` is the model. Whoever has another model
-    declares the same five callables for it.
+    declares the same callables for it.
 
     Attributes:
         num_blocks: L.
@@ -30,6 +30,11 @@ class BlockStack:
         head: ``(params, x) -> outputs``.
         block_params: ``(params, index) -> block_params``.
         replace_block: ``(params, index, block_params) -> params``, a new tree.
+        outer: ``params -> outer``, the parameters outside the blocks; ``embed`` and ``head`` take
+            them in place of all parameters.
+        join: ``(outer, [block_params, …]) -> params``, the inverse of ``outer`` and
+            ``block_params``.
+        name: what the blocks are called in parameter paths.
     """
 
     num_blocks: int
@@ -38,6 +43,9 @@ class BlockStack:
     head: Callable[[Any, Any], Any]
     block_params: Callable[[Any, int], Any]
     replace_block: Callable[[Any, int, Any], Any]
+    outer: Callable[[Any], Any]
+    join: Callable[[Any, Sequence[Any]], Any]
+    name: str = "layers"
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
         """The whole model by composition, for tests and as the definition.
@@ -56,17 +64,19 @@ class BlockStack:
 
 
 def block_stack(
-    model: Decoder, *, wrap: Callable[[Callable], Callable] = lambda apply: apply
+    model: CausalModel | Encoder, *, wrap: Callable[[Callable], Callable] = lambda apply: apply
 ) -> BlockStack:
-    """The block stack of a decoder, for either layout of its layers.
+    """The block stack of any model of this room, for either layout of its layers.
 
     Args:
-        model: the decoder.
+        model: a ``Decoder``, a ``Gpt2`` or an ``Encoder``; its methods ``embed``, ``context``,
+            ``block`` and ``head`` are the parts.
         wrap: turns the ``apply`` of each part into another, ``kernels.intercept`` say, so that
             boxed kernels take their fast path here too.
 
     Returns:
-        The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``.
+        The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``, and
+        for an ``Encoder`` ``token_types=None`` as well.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -82,15 +92,11 @@ def block_stack(
         >>> stack.head(params, x).shape
         (1, 5, 32)
     """
-    apply_model = wrap(model.apply)
-    block = DecoderBlock(
-        model.config, model.dtype, model.param_dtype, model.attention_implementation
-    )
-    apply_block = wrap(block.apply)
+    apply_model, apply_block = wrap(model.apply), wrap(model.block().apply)
 
-    def embed(params, tokens, positions=None, segments=None):
-        context = sequence_context(model.config, tokens.shape[1], positions, segments)
-        return apply_model({"params": params}, tokens, method="embed"), context
+    def embed(params, *inputs, **named):
+        x = apply_model({"params": params}, *inputs, method="embed", **named)
+        return x, model.context(*inputs, **named)
 
     def run_block(block_params, x, context):
         return apply_block({"params": block_params}, x, context)
@@ -111,4 +117,21 @@ def block_stack(
             layers = {**layers, str(index): new}
         return {**params, "layers": layers}
 
-    return BlockStack(model.config.num_layers, embed, run_block, head, block_params, replace_block)
+    def outer(params):
+        return {key: value for key, value in params.items() if key != "layers"}
+
+    def join(outer, blocks):
+        if model.scan_layers:
+            return {**outer, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+        return {**outer, "layers": {str(index): block for index, block in enumerate(blocks)}}
+
+    return BlockStack(
+        num_blocks=model.config.num_layers,
+        embed=embed,
+        block=run_block,
+        head=head,
+        block_params=block_params,
+        replace_block=replace_block,
+        outer=outer,
+        join=join,
+    )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from emloc_jax.models.config import DecoderConfig
+__all__ = ["KeysValues", "grow_cache", "init_cache", "write_cache"]
 
-__all__ = ["grow_cache", "init_cache"]
+KeysValues = tuple[Array, Array]
 
 
-def init_cache(
-    config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32
-) -> dict[str, Array]:
+def init_cache(config: Any, batch: int, slots: int, dtype: Any = jnp.float32) -> dict[str, Array]:
     """An empty cache.
 
     Args:
-        config: the decoder's shape.
+        config: of a causal model: ``num_layers``, ``num_kv_heads`` and ``head_dim`` are read.
         batch: B.
         slots: S, the number of tokens a row can hold, padding included. Writing more than S
             tokens cannot be noticed under jit; the caller counts.
@@ -65,3 +65,27 @@ def grow_cache(cache: dict[str, Array], slots: int) -> dict[str, Array]:
         "positions": jnp.pad(cache["positions"], ((0, 0), (0, extra)), constant_values=-1),
         "length": cache["length"],
     }
+
+
+def write_cache(
+    cache: KeysValues, new: Sequence[Array], layer: int | Array, slot: Array
+) -> tuple[KeysValues, Array, Array]:
+    """Writes one layer's new keys and values, in place inside a compiled loop.
+
+    Args:
+        cache: keys and values of all layers, (L, B, S, KV, head_dim) each.
+        new: keys and values of the new tokens, (B, T, KV, head_dim) each.
+        layer: index of the layer.
+        slot: () int32, where in S the new tokens go.
+
+    Returns:
+        (the cache, this layer's keys (B, S, KV, head_dim), its values).
+    """
+    start = (layer, 0, slot, 0, 0)
+    keys, values = (
+        jax.lax.dynamic_update_slice(old, fresh[None].astype(old.dtype), start)
+        for old, fresh in zip(cache, new, strict=True)
+    )
+    own_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+    own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+    return (keys, values), own_keys, own_values

@@ -8,6 +8,7 @@ from typing import Any
 
 from emloc_jax.errors import ConfigError
 from emloc_jax.models._hf_config import read_hf_config, write_hf_config
+from emloc_jax.models._hf_keys import require_positive
 from emloc_jax.models.rope import RopeScaling
 
 __all__ = ["DecoderConfig"]
@@ -89,10 +90,9 @@ class DecoderConfig:
             "head_dim",
             "max_position_embeddings",
         )
-        for name in sizes:
-            _require_positive(name, getattr(self, name))
+        require_positive(self, sizes)
         if self.sliding_window is not None:
-            _require_positive("sliding_window", self.sliding_window)
+            require_positive(self, ("sliding_window",))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}. "
@@ -132,11 +132,3 @@ class DecoderConfig:
             turns them into ``rope_parameters`` by itself).
         """
         return write_hf_config(self)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"{name}={value!r} was given where a positive whole number is needed. "
-            "Correct the config."
-        )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from emloc_jax.models.config import DecoderConfig
+from emloc_jax.models.masks import cache_mask, causal_mask
 from emloc_jax.models.rope import rope_frequencies, rope_tables
 
 __all__ = ["Context", "cache_context", "sequence_context"]
@@ -47,11 +48,7 @@ def sequence_context(
     cos, sin = _tables(config, positions)
     if segments is None:
         return Context(cos, sin, None)
-    index = jnp.arange(length)
-    visible = _within(config, index[:, None], index[None, :])[None]
-    # Padding sees padding: no row of the mask is empty, and no real token sees a padded one.
-    mask = visible & (segments[:, :, None] == segments[:, None, :])
-    return Context(cos, sin, mask[:, None])
+    return Context(cos, sin, causal_mask(segments, config.sliding_window))
 
 
 def cache_context(config: DecoderConfig, positions: Array, cached: Array) -> Context:
@@ -67,17 +64,9 @@ def cache_context(config: DecoderConfig, positions: Array, cached: Array) -> Con
         The context, with a mask (B, 1, T, S).
     """
     cos, sin = _tables(config, positions)
-    queries, keys = positions[:, :, None], cached[:, None, :]
-    return Context(cos, sin, (_within(config, queries, keys) & (keys >= 0))[:, None])
+    return Context(cos, sin, cache_mask(positions, cached, config.sliding_window))
 
 
 def _tables(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
     scaling = config.rope_scaling
     return rope_tables(rope_frequencies(config.head_dim, config.rope_theta, scaling), positions)
-
-
-def _within(config: DecoderConfig, queries: Array, keys: Array) -> Array:
-    """Whether a query at one index may see a key at another: causal, and inside the window."""
-    window = config.sliding_window
-    causal = keys <= queries
-    return causal if window is None else causal & (queries - keys < window)

@@ -70,7 +70,7 @@ _FAMILIES = (
 
 
 def supported_architectures() -> dict[str, str]:
-    """The supported families.
+    """The families of ``Decoder``; ``supported_classes`` names all models.
 
     Returns:
         HF's ``model_type`` to the class in ``architectures``. Llama 2, 3 and 3.1, SmolLM2 and

@@ -13,7 +13,7 @@ from jax import Array
 
 from emloc_jax.errors import ConfigError
 from emloc_jax.models.cache import grow_cache, init_cache
-from emloc_jax.models.decoder import Decoder
+from emloc_jax.models.causal import CausalModel
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.sampling import sample_tokens
 
@@ -21,7 +21,7 @@ __all__ = ["generate"]
 
 
 def generate(
-    model: Decoder,
+    model: CausalModel,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -43,7 +43,7 @@ def generate(
     longer but decode faster: a scan copies the weights of each layer at every step.
 
     Args:
-        model: the decoder, in either layout.
+        model: a ``Decoder`` or a ``Gpt2``, in either layout.
         params: its parameters; leaves may be boxed kernels.
         prompts: token ids, of any lengths.
         max_new_tokens: at least 1.

@@ -1,38 +1,41 @@
-"""Which Hugging Face tensor each parameter is, and how it is stored there."""
+"""Which Hugging Face tensor each parameter is, whatever the architecture."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from typing import Any
 
-from emloc_jax.models.config import DecoderConfig
+from emloc_jax.models.architectures import architecture_of_config
+from emloc_jax.models.hf_storage import HfStorage, HfTensor
 
-__all__ = ["HfTensor", "hf_tensor_names", "is_buffer"]
+__all__ = ["hf_storage", "hf_tensor_names", "is_buffer"]
 
-# Checkpoints of early transformers carry the rotary table as a buffer; it is computed, not learned.
-_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# What early transformers stored although it is computed, not learned: Llama's rotary table,
+# GPT-2's causal mask, BERT's position numbers and zero token types.
+_BUFFER = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
+    r"|((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)"
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class HfTensor:
-    """One tensor of a Hugging Face checkpoint.
+def hf_storage(config: Any) -> HfStorage:
+    """How the parameters of a model lie in a Hugging Face checkpoint.
 
-    Attributes:
-        name: its key, ``'model.layers.0.self_attn.q_proj.weight'``.
-        shape: its shape as stored there; a linear layer is ``(d_out, d_in)``.
-        transpose: the parameter here is the transpose of it.
+    Args:
+        config: a ``DecoderConfig``, ``Gpt2Config`` or ``EncoderConfig``.
+
+    Returns:
+        Its storage.
     """
-
-    name: str
-    shape: tuple[int, ...]
-    transpose: bool = False
+    return architecture_of_config(config).storage(config)
 
 
-def hf_tensor_names(config: DecoderConfig) -> dict[str, HfTensor]:
+def hf_tensor_names(config: Any) -> dict[str, HfTensor]:
     """Every parameter of the unrolled tree with its Hugging Face tensor, in model order.
 
     Args:
-        config: the decoder's shape.
+        config: a ``DecoderConfig``, ``Gpt2Config`` or ``EncoderConfig``.
 
     Returns:
         Parameter path to ``HfTensor``. With tied embeddings there is no head on either side.
@@ -44,37 +47,7 @@ def hf_tensor_names(config: DecoderConfig) -> dict[str, HfTensor]:
         >>> hf_tensor_names(config)["layers/0/self_attn/k_proj/kernel"]
         HfTensor(name='model.layers.0.self_attn.k_proj.weight', shape=(8, 16), transpose=True)
     """
-    c = config
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    linears = {  # (d_in, d_out, has a bias)
-        "self_attn/q_proj": (c.hidden_size, queries, c.qkv_bias),
-        "self_attn/k_proj": (c.hidden_size, keys, c.qkv_bias),
-        "self_attn/v_proj": (c.hidden_size, keys, c.qkv_bias),
-        "self_attn/o_proj": (queries, c.hidden_size, c.o_bias),
-        "mlp/gate_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
-        "mlp/up_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
-        "mlp/down_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-    }
-    norms = {"input_layernorm": c.hidden_size, "post_attention_layernorm": c.hidden_size}
-    if c.qk_norm:
-        norms |= {"self_attn/q_norm": c.head_dim, "self_attn/k_norm": c.head_dim}
-
-    embedding = (c.vocab_size, c.hidden_size)
-    names = {"embed_tokens/embedding": HfTensor("model.embed_tokens.weight", embedding)}
-    for layer in range(c.num_layers):
-        for path, (d_in, d_out, has_bias) in linears.items():
-            name = f"model.layers.{layer}.{path.replace('/', '.')}"
-            path = f"layers/{layer}/{path}"
-            names[f"{path}/kernel"] = HfTensor(f"{name}.weight", (d_out, d_in), transpose=True)
-            if has_bias:
-                names[f"{path}/bias"] = HfTensor(f"{name}.bias", (d_out,))
-        for path, width in norms.items():
-            name = f"model.layers.{layer}.{path.replace('/', '.')}.weight"
-            names[f"layers/{layer}/{path}/scale"] = HfTensor(name, (width,))
-    names["norm/scale"] = HfTensor("model.norm.weight", (c.hidden_size,))
-    if not c.tie_embeddings:
-        names["lm_head/kernel"] = HfTensor("lm_head.weight", embedding, transpose=True)
-    return names
+    return dict(hf_storage(config).tensors)
 
 
 def is_buffer(name: str) -> bool:
@@ -84,7 +57,7 @@ def is_buffer(name: str) -> bool:
         name: a key of a Hugging Face checkpoint.
 
     Returns:
-        True for the rotary table of early Llama checkpoints.
+        True for the rotary table of early Llama checkpoints, and the like of other families.
 
     Example:
         >>> from emloc_jax.models import is_buffer

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from emloc_jax.errors import DataError
-from emloc_jax.models.config import DecoderConfig
 
 __all__ = ["check_prompts", "pad_prompts"]
 
 
-def check_prompts(
-    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
+def check_prompts(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuses prompts that the model cannot continue.
 
     Args:
-        config: the decoder's shape.
+        config: of the model.
         prompts: token ids.
         max_new_tokens: how many tokens are to follow each.
 

@@ -16,6 +16,7 @@ from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_loss
 from emloc_jax.training._metrics_file import read_metrics
 from emloc_jax.training._optimizer import decays, make_optimizer, make_schedule
 from emloc_jax.training._padding import pad_examples
+from emloc_jax.training._pipelined import PipelinedStep
 from emloc_jax.training._rows import Row, read_rows
 from emloc_jax.training._run_checkpoints import RunCheckpoints
 from emloc_jax.training._scores import (
@@ -38,6 +39,7 @@ __all__ = [
     "GenerationReport",
     "Loss",
     "LossReport",
+    "PipelinedStep",
     "Row",
     "RunCheckpoints",
     "Score",

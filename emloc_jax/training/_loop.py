@@ -13,6 +13,7 @@ import jax
 
 from emloc_jax.errors import ConfigError, DataError, NonFiniteError, ResumeError
 from emloc_jax.training._clock import StepClock
+from emloc_jax.training._interrupt import HeldInterrupt
 from emloc_jax.training._run_folder import RunFolder, UnsavedRun
 from emloc_jax.training._state import TrainState
 from emloc_jax.training._step import TrainStep
@@ -57,13 +58,15 @@ def train(
     evaluate_every: int | None = None,
     skip_nonfinite: bool = False,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    snapshot: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> TrainResult:
     """Runs a training step up to step number `steps`.
 
     After each step a record goes to `metrics.jsonl` and to the callbacks: `step`, the step's
     metrics, and `seconds` and `tokens_per_second`, or `compile_seconds` where it compiled. An
     evaluation makes a record of its own. A run that is killed and resumed ends with the bits of
-    one that was not.
+    one that was not. Ctrl-C takes effect at the end of a step, once that step is saved; a second
+    one takes effect at once.
 
     Args:
         step: by `make_train_step`.
@@ -84,6 +87,8 @@ def train(
         skip_nonfinite: go on after a step whose loss or gradient is not finite (it changes nothing
             and is counted) instead of refusing it.
         callbacks: called with each record.
+        snapshot: from the state that a step returns to the one that is saved, evaluated and
+            returned; of a `PipelinedStep`.
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; the message names the step.
@@ -92,6 +97,7 @@ def train(
         ResumeError: the saved run had another config, other data or another structure.
         CheckpointError: something could not be written.
         ConfigError: an impossible option.
+        KeyboardInterrupt: Ctrl-C.
 
     Example:
         >>> import numpy as np
@@ -131,7 +137,7 @@ def train(
     def due(number: int, every: int | None) -> bool:
         return number == steps or (every is not None and number % every == 0)
 
-    with run:
+    with run, HeldInterrupt() as interrupt:
         state, resumed_from = run.restore(state, stream)
         first = int(state.step)
         if first > steps:
@@ -141,7 +147,7 @@ def train(
         for number in range(first + 1, steps + 1):
             began = time.perf_counter()
             state, metrics = step(state, frozen, batch)
-            save = run.saves and due(number, save_every)
+            save = run.saves and (due(number, save_every) or interrupt.noted)
             position = stream.get_state() if save else None  # type: ignore[attr-defined]
             following = _fetch(stream, number + 1, steps)  # while the device computes
             metrics = {key: value.item() for key, value in jax.device_get(metrics).items()}
@@ -150,13 +156,17 @@ def train(
                 raise NonFiniteError(_nonfinite(number, metrics))
             emit({"step": number} | _finite(metrics) | clock.record(batch, seconds))
             if evaluate is not None and due(number, evaluate_every):
-                emit({"step": number} | _finite(evaluate(state.trainables)))
+                emit({"step": number} | _finite(evaluate(snapshot(state).trainables)))
             if save:
-                run.save(number, state, position)
+                run.save(number, snapshot(state), position)
+            if interrupt.noted and (save or not run.saves):
+                break
             batch = following
         run.finish()
+        if interrupt.noted:
+            raise KeyboardInterrupt
     return TrainResult(
-        state=state,
+        state=snapshot(state),
         records=run.records,
         resumed_from=resumed_from,
         seconds_per_step=clock.seconds_per_step,

@@ -123,8 +123,13 @@ def test_a_head_that_should_be_tied(llama_folder):
 
 def test_unsupported_models_are_named_even_without_weights(llama_folder):
     (llama_folder / "model.safetensors").unlink()
-    change_config(llama_folder, architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    refuses(llama_folder, "GPT2LMHeadModel", kind=UnsupportedArchitectureError)
+    change_config(llama_folder, architectures=["T5ForConditionalGeneration"], model_type="t5")
+    refuses(
+        llama_folder,
+        "T5ForConditionalGeneration",
+        "RobertaForMaskedLM",
+        kind=UnsupportedArchitectureError,
+    )
 
 
 def test_no_weights_or_only_pickles(llama_folder):

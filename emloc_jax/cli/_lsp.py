@@ -1,0 +1,189 @@
+"""LSP-Offload as a stage of a run."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from emloc_jax.cli._console import tick
+from emloc_jax.cli._data import Dataset, calibration_batches, training_batches
+from emloc_jax.cli._options import FinetuneConfig, LspOptions, TrainOptions
+from emloc_jax.cli._session import Session
+from emloc_jax.errors import ConfigError
+from emloc_jax.kernels import intercept
+from emloc_jax.models import CausalModel, block_stack
+from emloc_jax.offload import (
+    AdamOptions,
+    DevicePutLink,
+    FitOptions,
+    PinnedHostLink,
+    PipelinedTrainer,
+    PipelineOptions,
+    Timeline,
+    draw_timeline,
+    summarize,
+    write_trace,
+)
+from emloc_jax.training import (
+    PipelinedStep,
+    TrainResult,
+    chunked_cross_entropy,
+    make_schedule,
+    train,
+)
+
+__all__ = ["LspTrained", "lsp_facts", "open_trainer", "train_lsp"]
+
+
+def pipeline_options(lsp: LspOptions, train_options: TrainOptions, seed: int) -> PipelineOptions:
+    """The library's options.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+    size: int | float = lsp.subspace
+    if size > 1:
+        if size != int(size):
+            raise ConfigError(
+                f"lsp.subspace is {size}; it must be a fraction up to 1, or a whole number."
+            )
+        size = int(size)
+    options = train_options
+    return PipelineOptions(
+        learning_rate=make_schedule(
+            options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
+        ),
+        adam=AdamOptions(weight_decay=options.weight_decay),
+        clip=options.clip,
+        accumulation=options.accumulation,
+        train=list(lsp.train.items()),
+        subspace=size,
+        nnz=lsp.nnz,
+        fit=FitOptions(steps=lsp.fit_steps, learning_rate=lsp.fit_rate, threshold=lsp.threshold),
+        refit_every=lsp.refit_every,
+        product=lsp.product,
+        wire=lsp.wire,
+        rounding=lsp.rounding,
+        seed=seed,
+    )
+
+
+def open_trainer(session: Session, config: FinetuneConfig, rows: Dataset) -> PipelinedTrainer:
+    """The trainer of a language model; records a timeline if the options ask for a profile.
+
+    Raises:
+      ConfigError: a model that is no language model, or a link that the device lacks.
+      EmlocError: options that do not fit the model.
+    """
+    lsp, seed = config.lsp, config.seed
+    batches = training_batches(rows, config.data, batch_size=config.train.batch_size, seed=seed)
+
+    def fresh_rows(step: int) -> Any:
+        """Other rows at each check, the same ones when a run is resumed."""
+        count = lsp.calibration_rows
+        made = calibration_batches(
+            rows, config.data, rows=count, batch_size=count, seed=seed + 1 + step
+        )
+        return made[0]
+
+    model = session.base.model
+    if not isinstance(model, CausalModel):
+        raise ConfigError(
+            f"method=lsp trains causal language models here; {session.base.source} is a "
+            f"{type(model).__name__}. Use PipelinedTrainer with a head loss of your own."
+        )
+    apply = session.apply
+
+    def head_loss(outer: Any, x: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": outer}
+        hidden = apply(variables, x, method=lambda model, x: model.norm(x))
+        return chunked_cross_entropy(
+            lambda h: apply(variables, h, method="logits"),
+            hidden,
+            batch["targets"],
+            batch["weights"],
+            chunk=config.train.chunk,
+        )
+
+    return PipelinedTrainer(
+        block_stack(model, wrap=intercept),
+        session.base.params,
+        head_loss,
+        next(iter(batches)),
+        schedule=lsp.schedule,
+        options=pipeline_options(lsp, config.train, seed),
+        calibration=fresh_rows,
+        link=PinnedHostLink() if lsp.link == "pinned" else DevicePutLink(),
+        timeline=Timeline() if lsp.profile else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LspTrained:
+    """What training gave."""
+
+    params: Any
+    result: TrainResult
+
+
+def train_lsp(
+    trainer: PipelinedTrainer,
+    batches: Any,
+    options: TrainOptions,
+    *,
+    folder: Path,
+    resume: bool,
+    config: dict[str, Any],
+    evaluate: Callable[[Any], dict[str, float]] | None,
+) -> LspTrained:
+    """Runs the training loop with a progress bar, and writes the timeline if one is recorded."""
+    step = PipelinedStep(trainer)
+    with trainer, tick("Training", options.steps) as move:
+        result = train(
+            step,
+            step.initial(),
+            batches,
+            steps=options.steps,
+            folder=folder,
+            resume=resume,
+            config=config,
+            save_every=options.save_every,
+            evaluate=None if evaluate is None else lambda _: evaluate(trainer.params()),
+            evaluate_every=options.evaluate_every,
+            skip_nonfinite=options.skip_nonfinite,
+            callbacks=[lambda record: move(record["step"], _note(record))],
+            snapshot=step.snapshot,
+        )
+        params = trainer.params()
+    timeline = trainer.timeline
+    if timeline is not None:
+        last = trainer.steps - 1
+        write_trace(timeline, folder / "timeline.json", overwrite=True)
+        shown = [step for step in (last - 1, last) if step >= 0]
+        draw_timeline(timeline, folder / "timeline.png", steps=shown, overwrite=True)
+    return LspTrained(params, result)
+
+
+def lsp_facts(trainer: PipelinedTrainer) -> dict[str, Any]:
+    """Figures of the closing table."""
+    facts: dict[str, Any] = {"schedule": trainer.schedule.name}
+    if trainer.refits:
+        first, last = trainer.refits[0], trainer.refits[-1]
+        facts["checks of the projectors"] = len(trainer.refits)
+        facts["estimation error, unfitted"] = first.mean_before
+        facts["estimation error, fitted"] = first.mean_after
+        facts["estimation error at the last check, fresh rows"] = last.mean_before
+    if trainer.timeline is not None:
+        mean = summarize(trainer.timeline).mean
+        facts["iteration_seconds"] = mean.seconds
+        facts["overlap"] = mean.overlap
+        facts["to host per step_bytes"] = mean.bytes_to_host
+        facts["to device per step_bytes"] = mean.bytes_to_device
+    return facts
+
+
+def _note(record: Any) -> str:
+    loss = record.get("loss", record.get("test_loss"))
+    return "" if loss is None else f"loss {loss:.4f}"

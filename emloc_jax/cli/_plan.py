@@ -1,0 +1,196 @@
+"""`emloc plan`: what a step will take, before anything is allocated."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from emloc_jax._files import check_new
+from emloc_jax.checkpoints import load_pretrained, smollm2_path
+from emloc_jax.cli._console import results, status
+from emloc_jax.cli._options import HardwareOptions, PlanConfig
+from emloc_jax.cli._run import write_json
+from emloc_jax.cli._sizes import format_bytes, parse_bytes
+from emloc_jax.errors import CheckpointError, ConfigError
+from emloc_jax.kernels import find_kernels, flatten_leaves
+from emloc_jax.models import CausalModel, model_from_hf
+from emloc_jax.offload import (
+    AdamOptions,
+    BlockShape,
+    DevicePutLink,
+    Hardware,
+    PinnedHostLink,
+    Workload,
+    adam_direction,
+    choose,
+    compare,
+    init_moments,
+    match_treatments,
+    measure_hardware,
+)
+
+__all__ = ["run_plan"]
+
+_ROUNDING_BYTES = {"nearest": 0, "stochastic": 0, "kahan": 2, "master": 4}
+
+
+def run_plan(config: PlanConfig) -> None:
+    """Chooses subspace, nnz and wire for a machine, and compares the schedules."""
+    if config.output is not None:
+        check_new(config.output)
+    workload = workload_of(config)
+    hardware = hardware_of(config)
+    choice = choose(
+        hardware, workload, slowdown=config.slowdown, cached=config.lsp.product == "dense"
+    )
+    predictions = compare(hardware, workload, choice.setting)
+    results.print(_table("Settings", choice.rows(), _SETTING_COLUMNS))
+    rows = [prediction.row() for prediction in predictions]
+    results.print(_table(f"One step with {choice.setting}", rows, _SCHEDULE_COLUMNS))
+    if config.output is not None:
+        content = {
+            "hardware": dataclasses.asdict(hardware),
+            "chosen": dataclasses.asdict(choice.setting),
+            "settings": choice.rows(),
+            "schedules": rows,
+        }
+        write_json(Path(config.output), content)
+
+
+def workload_of(config: PlanConfig) -> Workload:
+    """Shapes of the model, with the treatments that the rules give its parameters.
+
+    Raises:
+      ConfigError: no language model, or sizes below 1.
+      UnmatchedRuleError: a rule matches nothing.
+    """
+    if config.batch_size < 1 or config.length < 1:
+        raise ConfigError("batch_size and length must be at least 1.")
+    model = _model(config.model.source)
+    if not isinstance(model, CausalModel):
+        raise ConfigError(f"{config.model.source} is an encoder; plans are for language models.")
+    model = model.clone(scan_layers=True)
+    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    leaves = flatten_leaves(params)
+    specs = find_kernels(model.apply, params, tokens)
+    treatments = match_treatments(config.lsp.train, list(leaves))
+    layers = model.config.num_layers
+    kernels, inside, outside = [], dict.fromkeys(("host", "device", "frozen"), 0), {}
+    outside = dict(inside)
+    for path, leaf in leaves.items():
+        treatment, spec = treatments[path], specs.get(path)
+        if path.startswith("layers/"):
+            if treatment == "subspace" and spec is not None and spec.handler is not None:
+                kernels.append((spec.d_in, spec.d_out))
+                continue
+            inside[treatment] += int(np.prod(leaf.shape)) // layers
+        else:
+            outside[treatment] += int(np.prod(leaf.shape))
+    return Workload(
+        blocks=(BlockShape(tuple(kernels), **inside),) * layers,
+        tokens=config.batch_size * config.length,
+        outside=BlockShape((), **outside),
+        param_dtype=config.model.dtype or "bfloat16",
+        rounding_bytes=_ROUNDING_BYTES[config.lsp.rounding],
+    )
+
+
+def hardware_of(config: PlanConfig) -> Hardware:
+    """Figures that were given; the rest is measured if that was asked for.
+
+    Raises:
+      ConfigError: a figure is missing and nothing is to be measured.
+    """
+    options = config.hardware
+    given = _given(options)
+    if options.measure:
+        link = PinnedHostLink() if config.lsp.link == "pinned" else DevicePutLink()
+        with status("Measuring this machine"):
+            return measure_hardware(link, _host_adam(), **given)
+    missing = [name for name in ("to_host", "to_device", "host_adam", "flops") if name not in given]
+    if missing:
+        raise ConfigError(
+            f"The plan needs hardware.{', hardware.'.join(missing)}. Give them, or let this "
+            "machine be measured with hardware.measure=true."
+        )
+    return Hardware(**given)
+
+
+def _given(options: HardwareOptions) -> dict[str, Any]:
+    sizes = ("to_host", "to_device", "device_memory", "host_memory")
+    found = {name: getattr(options, name) for name in (*sizes, "host_adam", "flops")}
+    given = {name: value for name, value in found.items() if value is not None}
+    return {name: parse_bytes(v) if name in sizes else v for name, v in given.items()}
+
+
+def _host_adam() -> Any:
+    cpu = jax.local_devices(backend="cpu")[0]
+    moments: dict[int, Any] = {}
+    update = jax.jit(lambda g, m: adam_direction(g, m, AdamOptions()), donate_argnums=1)
+
+    def run(gradient: np.ndarray) -> Any:
+        with jax.default_device(cpu):
+            state = moments.pop(gradient.size, None) or init_moments(gradient.shape)
+            direction, moments[gradient.size] = update(gradient, state)
+            return direction
+
+    return run
+
+
+def _model(source: str) -> Any:
+    if source == "smollm2":
+        return load_pretrained(smollm2_path(), tokenizer=False).model
+    folder = Path(source)
+    if (folder / "config.json").is_file():  # weights are not needed
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        try:
+            return model_from_hf(json.loads(text), param_dtype=jnp.bfloat16)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error}).") from error
+    return load_pretrained(source, tokenizer=False).model
+
+
+_SETTING_COLUMNS = {
+    "subspace": "subspace",
+    "nnz": "nnz",
+    "wire": "wire",
+    "slowdown": "x native",
+    "device_bytes": "device",
+    "host_bytes": "host",
+    "verdict": "verdict",
+}
+_SCHEDULE_COLUMNS = {
+    "schedule": "schedule",
+    "seconds": "seconds",
+    "slowdown": "x native",
+    "bytes_to_host": "to host",
+    "bytes_to_device": "to device",
+    "device_bytes": "device",
+    "host_bytes": "host",
+}
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
+    table = Table(title=title)
+    for name, label in columns.items():
+        table.add_column(label, justify="left" if name in ("verdict", "schedule") else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, row.get(name)) for name in columns))
+    return table
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if "bytes" in name:
+        return format_bytes(value)
+    if name == "verdict":
+        return value.split(":")[0]  # the details are in the JSON
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,77 @@
+"""One block in training: its parameters and all that belongs to them."""
+
+import dataclasses
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from emloc_jax.offload._block_programs import BlockPrograms
+from emloc_jax.offload._update_programs import UpdatePrograms
+
+__all__ = ["BlockSlot"]
+
+
+@dataclasses.dataclass
+class BlockSlot:
+    """Where a block's parameters are found, and when.
+
+    Attributes:
+      index: of the block; -1 for what lies outside the blocks.
+      updates: compiled, shared by blocks of a kind; its plan says what is trained.
+      programs: the passes, shared likewise; None outside the blocks.
+      params: on the device, replaced by each update.
+      pairs: path to projectors on the device.
+      errors: path to the estimation error at the last check; no entry before the first.
+      moments: path to Adam's moments on the host, of what is sent.
+      device_moments: the same on the device, of what is not.
+      extras: what rounding carries along, on the device.
+      pending: futures of updates on their way, oldest first.
+    """
+
+    index: int
+    updates: UpdatePrograms
+    programs: BlockPrograms | None
+    params: Any
+    pairs: dict[str, Any]
+    errors: dict[str, float]
+    moments: dict[str, Any]
+    device_moments: dict[str, Any]
+    extras: dict[str, Any]
+    pending: list[Future] = dataclasses.field(default_factory=list)
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def passes(self) -> BlockPrograms:
+        """The passes through a block."""
+        assert self.programs is not None
+        return self.programs
+
+    def ready(self, *, behind: int = 0) -> Any:
+        """The parameters, once all updates but the latest `behind` are applied.
+
+        Raises:
+          Exception: what went wrong on a lane.
+        """
+        while len(self.pending) > behind:
+            apply = self.pending.pop(0).result()
+            if apply is not None:
+                apply()
+        return self.params
+
+    def update_on_device(self, gradients: Any, scale: Any, rate: Any, key: jax.Array) -> Any:
+        """Adam on the device for the leaves that stay there; returns a token as `apply` does."""
+        with self.lock:
+            self.params, self.device_moments, self.extras, token = self.updates.update_on_device(
+                self.params, gradients, self.device_moments, self.extras, key, rate, scale
+            )
+        return token
+
+    def apply(self, update: Any, key: jax.Array) -> Any:
+        """Applies an update that has come back; returns a token that is ready when it is done."""
+        with self.lock:
+            self.params, self.extras, token = self.updates.apply(
+                self.params, self.pairs, update, self.extras, key
+            )
+        return token

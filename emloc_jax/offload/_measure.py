@@ -1,0 +1,116 @@
+"""Figures of the machine at hand, for the cost model."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emloc_jax.kernels import lift_matrix, make_projector, project
+from emloc_jax.offload._cost_model import Hardware
+from emloc_jax.offload._link import Link
+
+__all__ = ["measure_hardware"]
+
+_logger = logging.getLogger(__name__)
+
+
+def measure_hardware(
+    link: Link,
+    adam: Callable[[np.ndarray], Any],
+    *,
+    nbytes: int = 1 << 26,
+    elements: int = 1 << 22,
+    width: int = 2048,
+    dtype: Any = jnp.bfloat16,
+    repeats: int = 3,
+    **given: Any,
+) -> Hardware:
+    """Measures the link, Adam on the host and the device's products, one at a time.
+
+    Latency and bandwidth of a direction are those of the line through the times of a small and a
+    large copy. Each time is the shortest of some repeats after one that compiles.
+
+    Args:
+      link: moves arrays; nothing else may use it meanwhile.
+      adam: updates fp32 gradients `(elements,)`; it is waited for if it returns JAX arrays.
+      nbytes: of the large copy.
+      elements: of the gradient given to `adam`.
+      width: of the square matrices; the projectors measured are `(width, width / 2)` with nnz 4.
+      dtype: of the matrices.
+      repeats: how many.
+      **given: figures of `Hardware` that are known otherwise; they replace measured ones.
+
+    Returns:
+      The figures; `device_memory` from the allocator where it tells (not on CPUs), `host_memory`
+      from the operating system.
+    """
+    to_host, down = _line(lambda n: _time_to_host(link, n, repeats), nbytes)
+    to_device, up = _line(lambda n: _time_to_device(link, n, repeats), nbytes)
+    gradient = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
+    update = _shortest(lambda: None, lambda _: jax.block_until_ready(adam(gradient)), repeats)
+    matrix = jnp.full((width, width), 1 / width, dtype)
+    core = jnp.full((width // 2, width // 2), 1 / width, jnp.float32)
+    p = make_projector(0, width, width // 2, 4)
+    matmul = _time_program(lambda a: a @ a, (matrix,), repeats)
+    compress = _time_program(project, (matrix, p), repeats)
+    lift = _time_program(lift_matrix, (core, p, p), repeats)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    figures = {
+        "to_host": to_host,
+        "to_device": to_device,
+        "latency": max(down, up),
+        "host_adam": elements / update,
+        "flops": 2 * width**3 / matmul,
+        "compress_rate": width * width * p.nnz / compress,
+        "apply_rate": width * (width // 2 + width) * p.nnz / lift,
+        "device_memory": stats.get("bytes_limit"),
+        "host_memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    hardware = Hardware(**(figures | given))
+    _logger.info("Measured %s", hardware)
+    return hardware
+
+
+def _time_to_host(link: Link, nbytes: int, repeats: int) -> float:
+    # JAX keeps the host's copy of an array once it was made, so each copy needs a new array.
+    fill = jax.jit(lambda value: jnp.full((nbytes // 4,), value, jnp.float32))
+    numbers = iter(range(repeats + 1))
+    return _shortest(
+        lambda: fill(np.float32(next(numbers))).block_until_ready(), link.to_host, repeats
+    )
+
+
+def _time_to_device(link: Link, nbytes: int, repeats: int) -> float:
+    array = np.ones(nbytes // 4, np.float32)
+    return _shortest(lambda: array, lambda a: jax.block_until_ready(link.to_device(a)), repeats)
+
+
+def _time_program(function: Callable[..., Any], args: tuple[Any, ...], repeats: int) -> float:
+    program = jax.jit(function)
+    return _shortest(lambda: args, lambda a: jax.block_until_ready(program(*a)), repeats)
+
+
+def _shortest(prepare: Callable[[], Any], run: Callable[[Any], Any], repeats: int) -> float:
+    run(prepare())
+    times = []
+    for _ in range(repeats):
+        value = prepare()
+        begin = time.perf_counter()
+        run(value)
+        times.append(time.perf_counter() - begin)
+    return max(min(times), 1e-9)  # a clock can stand still
+
+
+def _line(seconds: Callable[[int], float], nbytes: int) -> tuple[float, float]:
+    """Bandwidth and latency from two copies."""
+    small = max(nbytes // 64, 4)
+    short, long = seconds(small), seconds(nbytes)
+    if long <= short:  # copies that are views, or noise: no slope to be seen
+        return nbytes / long, 0.0
+    bandwidth = (nbytes - small) / (long - short)
+    return bandwidth, max(0.0, short - small / bandwidth)

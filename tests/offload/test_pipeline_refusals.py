@@ -1,0 +1,162 @@
+"""What the pipelined trainer refuses, and what it skips."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emloc_jax.errors import (
+    ConfigError,
+    DataError,
+    EmlocError,
+    NonFiniteError,
+    PlanError,
+    ProjectorError,
+    ResumeError,
+    UnmatchedRuleError,
+    UnsupportedKernelError,
+)
+from emloc_jax.offload import FitOptions, PipelinedTrainer, PipelineOptions
+from tests.offload.pipeline_model import batch_of, head_loss, make_stack, tiny_model
+
+MODEL, PARAMS = tiny_model()
+# Few shapes to compress, so few fits to compile.
+QUICK = PipelineOptions(
+    train=(("layers/mlp/down_proj/kernel", "subspace"), (".*/scale", "device")),
+    subspace=0.5,
+    nnz=2,
+    fit=FitOptions(steps=2),
+)
+
+
+def make(schedule="lsp", calibration=batch_of, **options):
+    return PipelinedTrainer(
+        make_stack(MODEL),
+        PARAMS,
+        head_loss(MODEL),
+        batch_of(0),
+        schedule=schedule,
+        options=dataclasses.replace(QUICK, **options),
+        calibration=calibration,
+        overlap=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"nnz": 5, "subspace": 4}, ProjectorError, "nnz"),
+        ({"subspace": 17}, ProjectorError, "Choose at most"),
+        ({"subspace": 1.5}, EmlocError, "fraction"),
+        ({"train": ((".*/kernle", "subspace"),)}, UnmatchedRuleError, "kernle"),
+        ({"train": ((".*/kernel", "compress"),)}, ConfigError, "compress"),
+        ({"train": ((".*", "frozen"),)}, ConfigError, "frozen"),
+        ({"train": ((".*/scale", "subspace"),)}, UnsupportedKernelError, "scale"),
+        ({"host_memory": 1000}, PlanError, "1e-06 GB"),
+        ({"train": (("embed_tokens/.*", "subspace"),)}, UnsupportedKernelError, "embed_tokens"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(options, error, words):
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulation": 0},
+        {"refit_every": 0},
+        {"clip": 0.0},
+        {"product": "fast"},
+        {"wire": "float8"},
+    ],
+)
+def test_impossible_options(options):
+    with pytest.raises(ConfigError):
+        dataclasses.replace(QUICK, **options)
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ConfigError, match="there are native, offload"):
+        make("zero")
+
+
+def test_compression_needs_calibration():
+    with pytest.raises(ConfigError, match="calibration"):
+        make(calibration=None)
+
+
+def test_an_empty_calibration_batch():
+    empty = batch_of(0) | {"weights": np.zeros((4, 6), np.float32)}
+    trainer = make(calibration=lambda step: empty)
+    with pytest.raises(DataError, match="before step 1"):
+        trainer.step(batch_of(0))
+
+
+def test_a_calibration_that_is_not_finite():
+    poisoned = batch_of(0) | {"weights": np.full((4, 6), np.inf, np.float32)}
+    trainer = make(calibration=lambda step: poisoned)
+    with pytest.raises(NonFiniteError, match="calibration"):
+        trainer.step(batch_of(0))
+
+
+def test_a_batch_without_weight_and_one_that_cannot_be_cut():
+    trainer = make("native", accumulation=3)
+    with pytest.raises(ConfigError, match="3 equal"):
+        trainer.step(batch_of(0))
+    with pytest.raises(DataError, match="no token"):
+        trainer.step(batch_of(0, rows=3) | {"weights": np.zeros((3, 6), np.float32)})
+
+
+def test_a_state_of_other_projectors_is_refused():
+    state = make(subspace=0.25).state()
+    with pytest.raises(ResumeError, match="other options"):
+        make().load(state)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(clip):
+    trainer = make(clip=clip)
+    trainer.step(batch_of(1))
+    before = jax.tree.map(np.array, trainer.state())
+    weights = np.ones((4, 6), np.float32)
+    weights[0, 0] = np.inf
+    metrics = trainer.step(batch_of(2) | {"weights": weights})
+    assert not metrics["finite"] and metrics["skipped"] == 1
+    after = jax.tree.map(np.array, trainer.state())
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (before.outer, before.blocks),
+        (after.outer, after.blocks),
+    )
+    assert trainer.step(batch_of(3))["finite"]
+
+
+def test_an_error_on_a_lane_comes_out_of_the_next_step():
+    class BrokenLink:
+        def to_host(self, tree):
+            raise OSError("the link is gone")
+
+        def to_device(self, tree):
+            return tree
+
+    trainer = PipelinedTrainer(
+        make_stack(MODEL),
+        PARAMS,
+        head_loss(MODEL),
+        batch_of(0),
+        schedule="layerwise",
+        options=QUICK,
+        link=BrokenLink(),
+    )
+    with pytest.raises(OSError, match="the link is gone"), trainer:
+        trainer.step(batch_of(0))
+        trainer.step(batch_of(1))
+
+
+def test_parameters_given_are_not_consumed():
+    trainer = make("native", learning_rate=0.1)
+    trainer.step(batch_of(0))
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(PARAMS))
