@@ -8,7 +8,7 @@ for a full block) and a link of 16 GB/s each way, slept away in the real lanes, 
 of the trainer on a toy model. `compute`: a Llama-shaped model of 8 blocks of width 512 really
 computed, over a link of the same ratio of bytes to compute. Prints iteration time, ratio to native
 and the prediction of the cost model; writes a timeline (PNG and Chrome trace) of each schedule into
-the new folder. Ten minutes on two CPU cores. Expect the figures of docs/results.md.
+the new folder. Ten minutes on two CPU cores.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from emloc_jax.offload import (
     summarize,
     write_trace,
 )
-from emloc_jax.training import chunked_cross_entropy
+from emloc_jax.training import make_head_loss
 
 LINK = 16e9
 
@@ -86,24 +86,11 @@ def batch_of(seed, rows, length, vocabulary):
 
 
 def trainer_of(model, params, batch, schedule, *, options, link, delay=None, timeline):
-    apply = intercept(model.apply)
-
-    def head_loss(outer, x, batch):
-        variables = {"params": outer}
-        hidden = apply(variables, x, method=lambda model, x: model.norm(x))
-        return chunked_cross_entropy(
-            lambda h: apply(variables, h, method="logits"),
-            hidden,
-            batch["targets"],
-            batch["weights"],
-            chunk=256,
-        )
-
     extra = {} if delay is None else {"delay": delay}
     return PipelinedTrainer(
         block_stack(model, wrap=intercept),
         params,
-        head_loss,
+        make_head_loss(intercept(model.apply)),
         batch,
         schedule=schedule,
         options=options,

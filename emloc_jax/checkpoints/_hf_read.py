@@ -134,8 +134,9 @@ def _check_copies(source: WeightSource, stored: Stored) -> None:
     for copy, of in stored.copies.items():
         if not np.array_equal(source.read(copy), source.read(of)):
             raise CheckpointError(
-                f"The config ties the head to the embedding, but {copy} differs from {of}. "
-                "Set tie_word_embeddings to false in config.json if the head is its own."
+                f"{copy} is to be a copy of {of}, to which config.json ties it, but differs from "
+                "it. If the model was trained untied and its class allows that, set "
+                "tie_word_embeddings to false in config.json; else get the checkpoint again."
             )
 
 

@@ -105,7 +105,7 @@ def load_pretrained(
     wanted = parameter_dtype(dtype)
     path = locate(source, revision)
     weights, hf_config = open_source(path)
-    config = config_from_hf(hf_config, weights.tensors)
+    found = config = config_from_hf(hf_config, weights.tensors)
     if num_labels is not None:
         config = with_labels(config, num_labels, weights, str(path))
     stored = check_tensors(weights, config, str(path), fresh_head=num_labels is not None)
@@ -113,6 +113,7 @@ def load_pretrained(
         _log.info("%s: no use for %s.", path, ", ".join(stored.unused))
     if stored.fresh:
         _log.warning("%s lacks %s: made afresh.", path, ", ".join(stored.fresh))
+    if stored.fresh or config != found:
         said = config.to_hf()
         hf_config = hf_config | {
             key: said[key] for key in ("architectures", "id2label", "label2id")

@@ -1,14 +1,13 @@
 """LSP-Offload as a stage of a run."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from emloc_jax.cli._console import tick
-from emloc_jax.cli._data import Dataset, calibration_batches, training_batches
+from emloc_jax.cli._console import say, tick
+from emloc_jax.cli._data import Dataset, training_batches
 from emloc_jax.cli._options import FinetuneConfig, LspOptions, TrainOptions
 from emloc_jax.cli._session import Session
 from emloc_jax.errors import ConfigError
@@ -29,10 +28,12 @@ from emloc_jax.offload import (
 from emloc_jax.training import (
     PipelinedStep,
     TrainResult,
-    chunked_cross_entropy,
+    make_head_loss,
     make_schedule,
     train,
 )
+
+_RECORDED = 20  # last steps that a profile is made of
 
 __all__ = ["LspTrained", "lsp_facts", "open_trainer", "train_lsp"]
 
@@ -43,6 +44,8 @@ def pipeline_options(lsp: LspOptions, train_options: TrainOptions, seed: int) ->
     Raises:
       ConfigError: a value out of range.
     """
+    if lsp.calibration_rows < 1:
+        raise ConfigError(f"lsp.calibration_rows is {lsp.calibration_rows}; give at least 1.")
     size: int | float = lsp.subspace
     if size > 1:
         if size != int(size):
@@ -58,7 +61,7 @@ def pipeline_options(lsp: LspOptions, train_options: TrainOptions, seed: int) ->
         adam=AdamOptions(weight_decay=options.weight_decay),
         clip=options.clip,
         accumulation=options.accumulation,
-        train=list(lsp.train.items()),
+        train=None if lsp.train is None else list(lsp.train.items()),
         subspace=size,
         nnz=lsp.nnz,
         fit=FitOptions(steps=lsp.fit_steps, learning_rate=lsp.fit_rate, threshold=lsp.threshold),
@@ -82,11 +85,10 @@ def open_trainer(session: Session, config: FinetuneConfig, rows: Dataset) -> Pip
 
     def fresh_rows(step: int) -> Any:
         """Other rows at each check, the same ones when a run is resumed."""
-        count = lsp.calibration_rows
-        made = calibration_batches(
-            rows, config.data, rows=count, batch_size=count, seed=seed + 1 + step
+        drawn = training_batches(
+            rows, config.data, batch_size=lsp.calibration_rows, seed=seed + 1 + step
         )
-        return made[0]
+        return next(iter(drawn))
 
     model = session.base.model
     if not isinstance(model, CausalModel):
@@ -94,23 +96,10 @@ def open_trainer(session: Session, config: FinetuneConfig, rows: Dataset) -> Pip
             f"method=lsp trains causal language models here; {session.base.source} is a "
             f"{type(model).__name__}. Use PipelinedTrainer with a head loss of your own."
         )
-    apply = session.apply
-
-    def head_loss(outer: Any, x: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        variables = {"params": outer}
-        hidden = apply(variables, x, method=lambda model, x: model.norm(x))
-        return chunked_cross_entropy(
-            lambda h: apply(variables, h, method="logits"),
-            hidden,
-            batch["targets"],
-            batch["weights"],
-            chunk=config.train.chunk,
-        )
-
     return PipelinedTrainer(
         block_stack(model, wrap=intercept),
         session.base.params,
-        head_loss,
+        make_head_loss(session.apply, chunk=config.train.chunk),
         next(iter(batches)),
         schedule=lsp.schedule,
         options=pipeline_options(lsp, config.train, seed),
@@ -140,6 +129,11 @@ def train_lsp(
 ) -> LspTrained:
     """Runs the training loop with a progress bar, and writes the timeline if one is recorded."""
     step = PipelinedStep(trainer)
+
+    def forget(record: Any) -> None:
+        if trainer.timeline is not None:
+            trainer.timeline.forget(record["step"] - _RECORDED)
+
     with trainer, tick("Training", options.steps) as move:
         result = train(
             step,
@@ -153,29 +147,36 @@ def train_lsp(
             evaluate=None if evaluate is None else lambda _: evaluate(trainer.params()),
             evaluate_every=options.evaluate_every,
             skip_nonfinite=options.skip_nonfinite,
-            callbacks=[lambda record: move(record["step"], _note(record))],
+            callbacks=[lambda record: move(record["step"], _note(record)), forget],
             snapshot=step.snapshot,
         )
         params = trainer.params()
-    timeline = trainer.timeline
-    if timeline is not None:
-        last = trainer.steps - 1
-        write_trace(timeline, folder / "timeline.json", overwrite=True)
-        shown = [step for step in (last - 1, last) if step >= 0]
-        draw_timeline(timeline, folder / "timeline.png", steps=shown, overwrite=True)
+    if trainer.timeline is not None and trainer.timeline.spans:
+        _write_timeline(trainer, folder)
     return LspTrained(params, result)
+
+
+def _write_timeline(trainer: PipelinedTrainer, folder: Path) -> None:
+    assert trainer.timeline is not None
+    write_trace(trainer.timeline, folder / "timeline.json", overwrite=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        say("No picture of the lanes: install matplotlib (pip install 'emloc_jax[plots]').")
+        return
+    shown = sorted({span.step for span in trainer.timeline.spans})[-2:]
+    draw_timeline(trainer.timeline, folder / "timeline.png", steps=shown, overwrite=True)
 
 
 def lsp_facts(trainer: PipelinedTrainer) -> dict[str, Any]:
     """Figures of the closing table."""
     facts: dict[str, Any] = {"schedule": trainer.schedule.name}
-    if trainer.refits:
-        first, last = trainer.refits[0], trainer.refits[-1]
-        facts["checks of the projectors"] = len(trainer.refits)
-        facts["estimation error, unfitted"] = first.mean_before
-        facts["estimation error, fitted"] = first.mean_after
-        facts["estimation error at the last check, fresh rows"] = last.mean_before
-    if trainer.timeline is not None:
+    facts["checks of the projectors"] = len(trainer.refits)
+    for report in trainer.refits:
+        if report.step == 0:
+            facts["estimation error, unfitted"] = report.mean_before
+            facts["estimation error, fitted"] = report.mean_after
+        else:  # these pairs were fitted on other rows
+            facts["estimation error on fresh rows"] = report.mean_before
+    if trainer.timeline is not None and trainer.timeline.spans:
         mean = summarize(trainer.timeline).mean
         facts["iteration_seconds"] = mean.seconds
         facts["overlap"] = mean.overlap

@@ -128,9 +128,10 @@ class LspOptions:
     schedule: Literal["lsp", "lsp_serial", "layerwise", "offload", "offload_delayed", "native"] = (
         option("lsp", "what is compressed and overlapped; the others are baselines")
     )
-    train: dict[str, str] = option(
-        {"layers/.*/kernel": "subspace"},
-        "per regular expression: subspace (compressed), host, device or frozen; the rest is frozen",
+    train: dict[str, str] | None = option(
+        None,
+        "per regular expression: subspace (compressed), host, device or frozen; the rest is "
+        "frozen; null: all kernels of the layers in subspaces",
     )
     subspace: float = option(
         0.5, "size of compressed gradients: up to 1 a fraction of each side, from 2 a whole number"
@@ -148,7 +149,9 @@ class LspOptions:
     rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
         "nearest", "how updates of bfloat16 parameters are rounded"
     )
-    link: Literal["plain", "pinned"] = option("plain", "copies through pinned host memory, or not")
+    link: Literal["plain", "pinned"] = option(
+        "plain", "copies as they are, or through pinned host memory"
+    )
     profile: bool = option(False, "record the lanes: timeline.png, timeline.json, a summary")
 
 
@@ -299,12 +302,22 @@ class PlanConfig:
     """Predict time and memory of a step and choose settings, without allocating anything."""
 
     method: Literal["lsp"] = option("lsp", "what is planned")
+    source: str = option(
+        MISSING, "Hugging Face folder (its config.json suffices) or hub id, a .gguf, or 'smollm2'"
+    )
+    dtype: Dtype = option("bfloat16", "dtype of the parameters")
     batch_size: int = option(4, "rows per micro-batch")
     length: int = option(1024, "tokens per row")
+    accumulation: int = option(1, "micro-batches per step")
+    clip: bool = option(False, "gradients are clipped, so no update starts in the backward pass")
+    train: dict[str, str] | None = option(None, "treatments, as lsp.train of finetune")
+    product: Literal["sparse", "dense"] = option("sparse", "products with projectors")
+    rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
+        "nearest", "how updates of bfloat16 parameters are rounded"
+    )
+    link: Literal["plain", "pinned"] = option("plain", "which copies are measured")
     slowdown: float = option(1.1, "longest step, as a multiple of Adam in device memory")
     output: str | None = option(None, "new JSON file; null: only print")
-    model: ModelOptions = group(ModelOptions)
-    lsp: LspOptions = group(LspOptions)
     hardware: HardwareOptions = group(HardwareOptions)
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
@@ -18,19 +18,22 @@ from emloc_jax.cli._options import HardwareOptions, PlanConfig
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._sizes import format_bytes, parse_bytes
 from emloc_jax.errors import CheckpointError, ConfigError
-from emloc_jax.kernels import find_kernels, flatten_leaves
-from emloc_jax.models import CausalModel, model_from_hf
+from emloc_jax.kernels import flatten_leaves
+from emloc_jax.models import CausalModel, block_stack, model_from_hf
 from emloc_jax.offload import (
     AdamOptions,
     BlockShape,
     DevicePutLink,
     Hardware,
     PinnedHostLink,
+    Plan,
     Workload,
     adam_direction,
     choose,
     compare,
+    default_rules,
     init_moments,
+    make_plan,
     match_treatments,
     measure_hardware,
 )
@@ -46,9 +49,7 @@ def run_plan(config: PlanConfig) -> None:
         check_new(config.output)
     workload = workload_of(config)
     hardware = hardware_of(config)
-    choice = choose(
-        hardware, workload, slowdown=config.slowdown, cached=config.lsp.product == "dense"
-    )
+    choice = choose(hardware, workload, slowdown=config.slowdown, cached=config.product == "dense")
     predictions = compare(hardware, workload, choice.setting)
     results.print(_table("Settings", choice.rows(), _SETTING_COLUMNS))
     rows = [prediction.row() for prediction in predictions]
@@ -68,37 +69,49 @@ def workload_of(config: PlanConfig) -> Workload:
 
     Raises:
       ConfigError: no language model, or sizes below 1.
-      UnmatchedRuleError: a rule matches nothing.
+      UnmatchedRuleError, UnsupportedKernelError: rules that do not fit the model.
     """
     if config.batch_size < 1 or config.length < 1:
         raise ConfigError("batch_size and length must be at least 1.")
-    model = _model(config.model.source)
+    model = _model(config.source)
     if not isinstance(model, CausalModel):
-        raise ConfigError(f"{config.model.source} is an encoder; plans are for language models.")
-    model = model.clone(scan_layers=True)
+        raise ConfigError(f"{config.source} is an encoder; plans are for language models.")
+    stack = block_stack(model)
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    leaves = flatten_leaves(params)
-    specs = find_kernels(model.apply, params, tokens)
-    treatments = match_treatments(config.lsp.train, list(leaves))
-    layers = model.config.num_layers
-    kernels, inside, outside = [], dict.fromkeys(("host", "device", "frozen"), 0), {}
-    outside = dict(inside)
-    for path, leaf in leaves.items():
-        treatment, spec = treatments[path], specs.get(path)
-        if path.startswith("layers/"):
-            if treatment == "subspace" and spec is not None and spec.handler is not None:
-                kernels.append((spec.d_in, spec.d_out))
-                continue
-            inside[treatment] += int(np.prod(leaf.shape)) // layers
-        else:
-            outside[treatment] += int(np.prod(leaf.shape))
+    outer = jax.eval_shape(stack.outer, params)
+    block = jax.eval_shape(lambda tree: stack.block_params(tree, 0), params)
+    x, context = jax.eval_shape(stack.embed, outer, tokens)
+    names = [f"{stack.name}/{path}" for path in flatten_leaves(block)]
+    rules = default_rules(stack.name) if config.train is None else config.train
+    treatments = match_treatments(rules, [*names, *flatten_leaves(outer)])
+    inside = make_plan(
+        block,
+        treatments,
+        prefix=stack.name,
+        apply=lambda variables, *inputs: stack.block(variables["params"], *inputs),
+        inputs=(x, context),
+    )
     return Workload(
-        blocks=(BlockShape(tuple(kernels), **inside),) * layers,
+        blocks=(_shape(inside, block),) * stack.num_blocks,
         tokens=config.batch_size * config.length,
-        outside=BlockShape((), **outside),
-        param_dtype=config.model.dtype or "bfloat16",
-        rounding_bytes=_ROUNDING_BYTES[config.lsp.rounding],
+        outside=_shape(make_plan(outer, treatments), outer),
+        param_dtype=config.dtype,
+        rounding_bytes=_ROUNDING_BYTES[config.rounding],
+        micro_batches=config.accumulation,
+        clip=config.clip,
+    )
+
+
+def _shape(plan: Plan, params: Any) -> BlockShape:
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten_leaves(params).items()}
+    kernels = tuple((spec.d_in, spec.d_out) for spec in plan.kernels.values())
+    trained = {*plan.kernels, *plan.host, *plan.device}
+    return BlockShape(
+        kernels,
+        host=sum(sizes[path] for path in plan.host),
+        device=sum(sizes[path] for path in plan.device),
+        frozen=sum(size for path, size in sizes.items() if path not in trained),
     )
 
 
@@ -111,7 +124,7 @@ def hardware_of(config: PlanConfig) -> Hardware:
     options = config.hardware
     given = _given(options)
     if options.measure:
-        link = PinnedHostLink() if config.lsp.link == "pinned" else DevicePutLink()
+        link = PinnedHostLink() if config.link == "pinned" else DevicePutLink()
         with status("Measuring this machine"):
             return measure_hardware(link, _host_adam(), **given)
     missing = [name for name in ("to_host", "to_device", "host_adam", "flops") if name not in given]
@@ -145,16 +158,17 @@ def _host_adam() -> Any:
 
 
 def _model(source: str) -> Any:
+    """The model of a source, of which no weight is read."""
     if source == "smollm2":
-        return load_pretrained(smollm2_path(), tokenizer=False).model
+        source = str(smollm2_path())
     folder = Path(source)
-    if (folder / "config.json").is_file():  # weights are not needed
+    if (folder / "config.json").is_file():  # files with weights need not be there
         text = (folder / "config.json").read_text(encoding="utf-8")
         try:
-            return model_from_hf(json.loads(text), param_dtype=jnp.bfloat16)
+            return model_from_hf(json.loads(text))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error}).") from error
-    return load_pretrained(source, tokenizer=False).model
+    return load_pretrained(source, tokenizer=False, abstract=True).model
 
 
 _SETTING_COLUMNS = {

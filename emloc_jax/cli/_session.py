@@ -1,6 +1,7 @@
 """A loaded model with what every stage needs of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from emloc_jax.cli._console import status
 from emloc_jax.cli._options import ModelOptions
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.kernels import KernelSpec, find_kernels, intercept
-from emloc_jax.models import CausalModel, generate
+from emloc_jax.models import EncoderConfig, generate
 from emloc_jax.training import Loss, make_loss
 
 __all__ = ["Session", "byte_size", "open_session", "parameter_count"]
@@ -87,21 +88,26 @@ class Session:
 def open_session(options: ModelOptions, *, chunk: int = 256, on_device: bool = True) -> Session:
     """Loads the original model, onto the device unless told otherwise."""
     source = str(smollm2_path()) if options.source == "smollm2" else options.source
+    load = functools.partial(
+        load_pretrained,
+        source,
+        dtype=options.dtype,
+        compute_dtype=jnp.dtype(options.compute_dtype),
+        scan_layers=options.scan_layers,
+        remat=options.remat,
+    )
     with status(f"Loading {options.source}"):
-        base = load_pretrained(
-            source,
-            dtype=options.dtype,
-            compute_dtype=jnp.dtype(options.compute_dtype),
-            scan_layers=options.scan_layers,
-            remat=options.remat,
-        )
-        if not isinstance(base.model, CausalModel):
+        config = load(abstract=True, tokenizer=False).config
+        if isinstance(config, EncoderConfig):
             raise UnsupportedArchitectureError(
-                f"{options.source} is a {base.config.model_type} encoder; this command trains and "
-                "runs causal language models. Use one, or the functions from Python."
+                f"{options.source} is a {config.model_type} encoder; this command trains and runs "
+                "causal language models. Use one, or the functions from Python."
             )
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            base = load()
         if on_device:  # once; every stage then shares these buffers
-            base = dataclasses.replace(base, params=jax.device_put(base.params))
+            device = jax.local_devices()[0]
+            base = dataclasses.replace(base, params=jax.device_put(base.params, device))
     apply = intercept(base.model.apply)
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     kernels = find_kernels(base.model.apply, base.params, tokens)

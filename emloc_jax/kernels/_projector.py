@@ -112,7 +112,9 @@ def make_projector(
             "cannot be larger than the side it compresses (leave that side uncompressed instead)."
         )
     if law not in ("sign", "normal"):
-        raise ProjectorError(f"The law of a projector's values is 'sign' or 'normal', not {law!r}.")
+        raise ProjectorError(
+            f"The law {law!r} was asked for; a projector's values follow 'sign' or 'normal'."
+        )
     rng = np.random.default_rng(seed)
     indices = _balanced_positions(rng, d, size, nnz)
     if law == "sign":
@@ -135,7 +137,10 @@ def identity_projector(
     """
     columns = np.arange(d) if permutation is None else np.asarray(permutation)
     if sorted(columns.tolist()) != list(range(d)):
-        raise ProjectorError(f"{permutation} is not a permutation of 0 ... {d - 1}.")
+        raise ProjectorError(
+            f"The {len(columns)} given positions are no permutation of 0 ... {d - 1}; give each of "
+            "these numbers once."
+        )
     return _from_positions(columns[:, None], jnp.ones((d, 1), dtype), d)
 
 
@@ -150,9 +155,10 @@ def dense_projector(matrix: Any) -> SparseProjector:
       (1, 1, [[1.0], [2.0]])
     """
     matrix = jnp.asarray(matrix)
-    if matrix.ndim != 2 or matrix.shape[1] > matrix.shape[0]:
+    if matrix.ndim != 2 or not 1 <= matrix.shape[1] <= matrix.shape[0]:
         raise ProjectorError(
-            f"A projector is a matrix (rows, size) with size <= rows, not of shape {matrix.shape}."
+            f"A matrix of shape {matrix.shape} was given; a projector is (rows, size) with 1 <= "
+            "size <= rows."
         )
     d, size = matrix.shape
     positions = np.broadcast_to(np.arange(size), (d, size))
@@ -184,7 +190,10 @@ def to_dense(p: SparseProjector) -> jax.Array:
 def with_values(p: SparseProjector, values: jax.Array) -> SparseProjector:
     """The same positions with other values `(*stack, d, nnz)`; a cached copy is refreshed."""
     if values.shape != p.values.shape:
-        raise ProjectorError(f"Values of shape {values.shape} were given for {p.values.shape}.")
+        raise ProjectorError(
+            f"Values of shape {values.shape} were given to a projector whose values have the shape "
+            f"{p.values.shape}; give one for each of its non-zeros."
+        )
     cached = None if p.cached is None else _dense(p.indices, values, p.size)
     return p.replace(values=values, cached=cached)  # pyright: ignore[reportAttributeAccessIssue]
 

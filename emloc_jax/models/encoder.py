@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from emloc_jax.errors import ConfigError
 from emloc_jax.models.activations import activation
 from emloc_jax.models.encoder_block import EncoderBlock, encoder_dense, encoder_norm
 from emloc_jax.models.encoder_config import EncoderConfig
@@ -206,7 +207,15 @@ class Encoder(nn.Module):
 
         Returns:
             (B, D) in ``dtype``.
+
+        Raises:
+            ConfigError: the model has no pooler.
         """
+        if not self.config.pooler:
+            raise ConfigError(
+                "The pooled vector of an encoder without a pooler was asked for (its head is "
+                f"{self.config.head!r}). Take hidden states with method='hidden'."
+            )
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
     def head(self, x: Array) -> Array:

@@ -32,6 +32,10 @@ _MASKED_LM = {  # dense, norm, bias, and the tied product
     "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"),
 }
 # Pretraining leaves these in checkpoints whose class has no use for them.
+_POOLERS = {
+    "bert": re.compile(r"(bert\.)?pooler\.dense\.\w+|cls\.seq_relationship\.[\w.]+"),
+    "roberta": re.compile(r"(roberta\.)?pooler\.dense\.\w+"),
+}
 _OTHERS = {
     "bert": re.compile(r"(bert\.)?pooler\.dense\.\w+|cls\.(predictions|seq_relationship)\.[\w.]+"),
     "roberta": re.compile(
@@ -97,7 +101,9 @@ def encoder_storage(config: EncoderConfig) -> HfStorage:
     elif c.pooler:
         linear("pooler", "pooler.dense", c.hidden_size, c.hidden_size)
     heads = ("pooler", "classifier") if c.head == "classification" else ()
-    return HfStorage(names, copies, own, heads, _OTHERS[c.model_type])
+    # Every tensor of the head at hand must be a parameter; only those of other heads may be left.
+    others = _POOLERS if c.head == "masked_lm" else _OTHERS
+    return HfStorage(names, copies, own, heads, others[c.model_type])
 
 
 def fit_pooler(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:

@@ -1,4 +1,4 @@
-"""Between the unrolled and the scanned tree of a decoder's parameters."""
+"""Between the unrolled and the scanned tree of a model's parameters."""
 
 from __future__ import annotations
 

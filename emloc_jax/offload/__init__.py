@@ -29,6 +29,9 @@ from emloc_jax.offload._measure import measure_hardware as measure_hardware
 from emloc_jax.offload._measured_times import measured_times as measured_times
 from emloc_jax.offload._options import PipelineOptions as PipelineOptions
 from emloc_jax.offload._pairs import make_pairs as make_pairs
+from emloc_jax.offload._plan import Plan as Plan
+from emloc_jax.offload._plan import default_rules as default_rules
+from emloc_jax.offload._plan import make_plan as make_plan
 from emloc_jax.offload._plan import match_treatments as match_treatments
 from emloc_jax.offload._rounding import Rounding as Rounding
 from emloc_jax.offload._rounding import rounding_state as rounding_state

@@ -17,13 +17,11 @@ class Update(NamedTuple):
 
     Attributes:
       deltas: path to change, learning rate included, in the wire's dtype.
-      decay: () fp32, learning rate times weight decay.
-      finite: () bool; if not, `deltas` and `decay` are zero and the moments stayed.
+      decay: () fp32, learning rate times weight decay; zero if nothing is to change.
     """
 
     deltas: dict[str, jax.Array]
     decay: jax.Array
-    finite: jax.Array
 
 
 def adam_update(
@@ -47,7 +45,7 @@ def adam_update(
         deltas[path] = jnp.where(finite, -rate * direction, 0.0).astype(wire)
         kept[path] = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, moments[path])
     decay = jnp.where(finite, rate * adam.weight_decay, 0.0)
-    return Update(deltas, decay, finite), kept
+    return Update(deltas, decay), kept
 
 
 def host_update(adam: AdamOptions, wire: Any) -> Callable[..., Any]:

@@ -23,7 +23,8 @@ class BlockSlot:
       programs: the passes, shared likewise; None outside the blocks.
       params: on the device, replaced by each update.
       pairs: path to projectors on the device.
-      errors: path to the estimation error at the last check; no entry before the first.
+      errors: path to the estimation error at the last check; no entry before the first on a
+        gradient other than zero, infinite for a pair that could not be fitted.
       moments: path to Adam's moments on the host, of what is sent.
       device_moments: the same on the device, of what is not.
       extras: what rounding carries along, on the device.
@@ -55,7 +56,8 @@ class BlockSlot:
           Exception: what went wrong on a lane.
         """
         while len(self.pending) > behind:
-            apply = self.pending.pop(0).result()
+            apply = self.pending[0].result()  # an error stays, for whoever asks again
+            self.pending.pop(0)
             if apply is not None:
                 apply()
         return self.params

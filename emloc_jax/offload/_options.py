@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from emloc_jax.errors import ConfigError
@@ -15,8 +16,6 @@ from emloc_jax.offload._rounding import Rounding
 
 __all__ = ["PipelineOptions"]
 
-DEFAULT_RULES = ((".*/kernel", "subspace"),)
-
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions:
@@ -25,13 +24,13 @@ class PipelineOptions:
     Attributes:
       learning_rate: a rate, or a function of the number of steps taken (an Optax schedule).
       adam: Adam's numbers and the weight decay.
-      clip: largest norm of all gradients of a step together, measured on the gradients as they are
-        sent: those of compressed kernels after compression. Then no update starts before the
-        backward pass has ended. None: no clipping.
+      clip: largest norm of all gradients of a step together, those of compressed kernels after
+        compression. Then no update starts before the backward pass has ended. None: no clipping.
       accumulation: micro-batches per step; compressed gradients are added on the device, and only
         their sum crosses the link.
       train: ordered `(regex, treatment)`, see `match_treatments`. Paths are those of one block with
-        the stack's name in front, `layers/mlp/up_proj/kernel`, and those outside the blocks.
+        the stack's name in front, `layers/mlp/up_proj/kernel`, and those outside the blocks. None:
+        all kernels of the blocks in subspaces, the rest frozen.
       subspace: size of the compressed gradients: an int s, a fraction of each side, or rules.
       nnz: non-zeros per row of the projectors.
       fit: how projectors are learnt; its threshold also decides when they are.
@@ -49,7 +48,7 @@ class PipelineOptions:
     adam: AdamOptions = AdamOptions()
     clip: float | None = None
     accumulation: int = 1
-    train: Sequence[tuple[str, str]] | Mapping[str, str] = DEFAULT_RULES
+    train: Sequence[tuple[str, str]] | Mapping[str, str] | None = None
     subspace: int | float | Sequence[tuple[str, int | float]] = 0.5
     nnz: int = 4
     fit: FitOptions = FitOptions()
@@ -80,7 +79,10 @@ class PipelineOptions:
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         value = self.learning_rate
-        return float(value(step)) if callable(value) else float(value)
+        if not callable(value):
+            return float(value)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return float(value(step))  # on the host: the device's queue is long
 
     @property
     def wire_dtype(self) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from emloc_jax.errors import ConfigError, UnsupportedKernelError
 from emloc_jax.kernels import KernelSpec, find_kernels, flatten_leaves, match_rules
 
-__all__ = ["TREATMENTS", "Plan", "make_plan", "match_treatments"]
+__all__ = ["TREATMENTS", "Plan", "default_rules", "make_plan", "match_treatments"]
 
 TREATMENTS = ("subspace", "host", "device", "frozen")
 Rules = Sequence[tuple[str, str]] | Mapping[str, str]
@@ -70,9 +70,11 @@ def make_plan(
     for path in chosen["subspace"]:
         spec = specs.get(path)
         if spec is None or spec.handler is None or spec.tied:
-            reason = "not a kernel of a block" if spec is None else spec.reason or "tied"
+            reason = "it is no kernel of a block."
+            if spec is not None:
+                reason = spec.reason or "it is a table that is looked up, too."
             raise UnsupportedKernelError(
-                f"'{full[path]}' was to be trained in a subspace, but: {reason} Train it as 'host' "
+                f"'{full[path]}' was to be trained in a subspace, but {reason} Train it as 'host' "
                 "or 'device', or freeze it."
             )
     kernels = {path: specs[path] for path in chosen["subspace"]}
@@ -89,6 +91,11 @@ def full_path(prefix: str, path: str) -> str:
       ('layers/mlp/up_proj/kernel', 'norm/scale')
     """
     return f"{prefix}/{path}" if prefix else path
+
+
+def default_rules(name: str) -> list[tuple[str, str]]:
+    """All kernels of the blocks in subspaces; the rest is frozen."""
+    return [(f"{name}/.*/kernel", "subspace")]
 
 
 def match_treatments(rules: Rules, paths: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.errors import PlanError
@@ -18,7 +17,13 @@ from emloc_jax.offload._block_programs import BlockPrograms, core_shape
 from emloc_jax.offload._block_slot import BlockSlot
 from emloc_jax.offload._options import PipelineOptions
 from emloc_jax.offload._pairs import Pair, check_pair, make_pairs
-from emloc_jax.offload._plan import Plan, full_path, make_plan, match_treatments
+from emloc_jax.offload._plan import (
+    Plan,
+    default_rules,
+    full_path,
+    make_plan,
+    match_treatments,
+)
 from emloc_jax.offload._schedules import Schedule
 from emloc_jax.offload._update_programs import UpdatePrograms
 
@@ -60,7 +65,8 @@ def set_up(
     for block in block_shapes:
         named = (full_path(stack.name, path) for path in flatten_leaves(block))
         paths += [path for path in named if path not in paths]
-    treatments = match_treatments(options.train, paths)
+    rules = default_rules(stack.name) if options.train is None else options.train
+    treatments = match_treatments(rules, paths)
     compiled = _Compiled(stack, schedule, options, treatments, x, context)
     programs = [compiled.of_kind(block) for block in block_shapes]
     pairs = [
@@ -151,7 +157,8 @@ def _slot(
     params: Any,
     pairs: dict[str, Pair],
 ) -> BlockSlot:
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    device = jax.local_devices()[0]
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf, device, may_alias=False), params)
     leaves = flatten_leaves(params)
 
     def moments(paths: list[str]) -> dict[str, Any]:

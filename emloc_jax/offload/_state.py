@@ -60,6 +60,7 @@ def write_state(state: PipelineState, outer: BlockSlot, blocks: list[BlockSlot])
             f"arrays differ, such as {'; '.join(different[:3])}. Go on with the first run's "
             "options."
         )
+    del present  # the old arrays go as the new ones come
     for slot, saved in zip([outer, *blocks], [state.outer, *state.blocks], strict=True):
         # Copies, since training consumes what it holds; each where its predecessor was.
         for field in FIELDS:
@@ -76,7 +77,7 @@ def _read(slot: BlockSlot) -> dict[str, Any]:
 
 
 def _like(saved: Any, present: jax.Array) -> jax.Array:
-    return jax.device_put(jnp.array(saved, copy=True), present.sharding)
+    return jax.device_put(saved, present.sharding, may_alias=False)
 
 
 def _shapes(state: PipelineState) -> dict[str, str]:

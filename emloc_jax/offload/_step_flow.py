@@ -1,7 +1,8 @@
 """One optimizer step's way through the lanes: gradients down, Adam, updates up, apply."""
 
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ class Lanes:
         delay: Callable[[str, int, int, str], float] = no_delay,
     ):
         kind = ThreadLane if overlap else InlineLane
-        self.link, self.overlap = link, overlap
+        self.link = link
         self.device: Lane = kind("device", timeline, delay=delay)
         self.d2h: Lane = kind("d2h", timeline, delay=delay)
         self.host: Lane = kind("host", timeline, delay=delay)
@@ -46,6 +47,11 @@ class Lanes:
     def watch(self, arrays: Any, *, step: int, block: int, name: str) -> Future:
         """Waits on the device lane until `arrays` are computed; the future gets them."""
         return self.device.submit(Work(lambda: jax.block_until_ready(arrays), step, block, name))
+
+    def witness(self, arrays: Any, *, step: int, block: int, name: str) -> None:
+        """As `watch`, but for the timeline alone, so that a closed lane is no harm."""
+        with contextlib.suppress(RuntimeError):
+            self.watch(arrays, step=step, block=block, name=name)
 
     def close(self) -> None:
         """Ends all lanes after what they hold."""
@@ -71,6 +77,7 @@ class StepFlow:
     def __init__(self, lanes: Lanes, schedule: Schedule, *, step: int, clip: float | None):
         self._lanes, self._schedule, self.step, self._clip = lanes, schedule, step, clip
         self._squares: dict[int, Future] = {}
+        self._done: dict[int, Future] = {}
         self._gate = Gate()
         self._held = clip is not None or not schedule.layerwise
         if not self._held:
@@ -99,6 +106,7 @@ class StepFlow:
           to do but, with a delayed schedule, what it holds: a function that calls `on_return`.
         """
         done: Future = Future()
+        self._done[block] = done
         flow, lanes, step = self, self._lanes, self.step
         watched = lanes.watch(gradients, step=step, block=block, name="backward")
         # Only the number is kept: gradients must not live longer than their way takes.
@@ -112,28 +120,36 @@ class StepFlow:
                 try:
                     next_(finished.result())
                 except BaseException as error:
-                    done.set_exception(error)
-                    if not squares.done():
-                        squares.set_exception(error)
+                    fail(squares, error)
+                    fail(done, error)
 
             future.add_done_callback(follow)
 
         def computed(result: Any) -> None:
-            squares.set_result(result.squares)
+            own, sent = result.device, result.host
+            # One verdict for the whole block: what is not finite is not applied anywhere.
+            good = bool(np.isfinite(float(result.squares)))
             if on_device is not None:
-                self._gate.when_open(lambda scale: on_device(result.device, scale))
+                self._gate.when_open(lambda scale: on_device(own, scale if good else np.nan))
             if on_host is None:
                 self._gate.when_open(lambda scale: done.set_result(None))
-                return
-            size = tree_bytes(result.host)
-            work = Work(
-                lambda: lanes.link.to_host(result.host), step, block, "download", size, order()
-            )
-            then(lanes.d2h.submit(work), downloaded)
+            else:
+                work = Work(
+                    lambda: lanes.link.to_host(sent),
+                    step,
+                    block,
+                    "download",
+                    tree_bytes(sent),
+                    order(),
+                )
+                then(lanes.d2h.submit(work), lambda host: downloaded(host, good))
+            # Last, since the step may end as soon as all blocks have said this.
+            squares.set_result(result.squares)
 
-        def downloaded(host_gradients: Any) -> None:
+        def downloaded(host_gradients: Any, good: bool) -> None:
             def submit(scale: float) -> None:
-                run = Work(lambda: on_host(host_gradients, scale), step, block, "adam", 0, order())
+                factor = scale if good else np.nan
+                run = Work(lambda: on_host(host_gradients, factor), step, block, "adam", 0, order())
                 then(lanes.host.submit(run), updated)
 
             self._gate.when_open(submit)
@@ -163,6 +179,11 @@ class StepFlow:
         """Done once the gradients of a block that was started are computed."""
         return self._squares[block]
 
+    def abort(self, error: BaseException) -> None:
+        """Fails every block of the step that is not through, so that nobody waits for it."""
+        for future in (*self._squares.values(), *self._done.values()):
+            fail(future, error)
+
     def finish_backward(self) -> float:
         """Waits for the end of the backward pass, and lets go what waited for it.
 
@@ -179,3 +200,9 @@ class StepFlow:
                 scale = np.nan if not np.isfinite(norm) else min(1.0, self._clip / max(norm, 1e-38))
             self._gate.open(float(scale))
         return norm
+
+
+def fail(future: Future, error: BaseException) -> None:
+    """Sets the error, unless the future is done already."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)

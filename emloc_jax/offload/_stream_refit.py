@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.errors import NonFiniteError
@@ -16,6 +19,8 @@ from emloc_jax.offload._outer_programs import OuterPrograms
 from emloc_jax.offload._transport import transport
 
 __all__ = ["PairReport", "RefitReport", "stream_refit"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +74,24 @@ def stream_refit(
     outer: Any,
     blocks: list[BlockSlot],
     programs: OuterPrograms,
-    batch: Any,
+    parts: Sequence[Any],
     *,
     scale: float,
     step: int,
     options: PipelineOptions,
 ) -> RefitReport:
-    """Walks the backward pass of `batch` once, and looks at each block's pairs on its way.
+    """Walks the backward pass of calibration rows once, and looks at each block's pairs on its way.
 
     The full gradients of a block's kernels are formed, used and dropped before those of the next
     block. A pair above the threshold is fitted from the values it has; moments follow it into the
-    new subspace, except from a pair that was never fitted, whose moments are zero anyway.
+    new subspace, but not out of a pair that was never fitted: they start from zero then. A gradient
+    of zero says nothing of a pair, which stays unchecked.
 
     Args:
       outer: parameters outside the blocks.
       blocks: all blocks, drained.
       programs: of what lies outside.
-      batch: calibration rows.
+      parts: calibration rows, as micro-batches.
       scale: of the loss sum.
       step: number of steps taken so far.
       options: of the run.
@@ -94,16 +100,24 @@ def stream_refit(
       NonFiniteError: a gradient of the calibration batch that is not finite; nothing has changed
         in that block then.
     """
-    x, context = programs.embed(outer, batch)
-    inputs = []
-    for slot in blocks:
-        inputs.append(x)
-        x = slot.passes.forward(slot.params, x, context)
-    _, dx, _ = programs.head(outer, x, batch, np.float32(scale))
+    passes = []
+    for part in parts:
+        x, context = programs.embed(outer, part)
+        inputs = []
+        for slot in blocks:
+            inputs.append(x)
+            x = slot.passes.forward(slot.params, x, context)
+        _, dx, _ = programs.head(outer, x, part, np.float32(scale))
+        passes.append([inputs, context, dx])
     reports = []
     for slot in reversed(blocks):
-        dx, gradients = slot.passes.full_gradients(slot.params, inputs.pop(), context, dx)
-        reports += _refit_block(slot, gradients, step, options)
+        sums: dict[str, jax.Array] = {}
+        for walk in passes:
+            inputs, context, dx = walk
+            walk[2], own = slot.passes.full_gradients(slot.params, inputs.pop(), context, dx)
+            sums = jax.tree.map(jnp.add, sums, own) if sums else own
+            del own
+        reports += _refit_block(slot, sums, step, options)
     return RefitReport(step, tuple(reports))
 
 
@@ -114,23 +128,35 @@ def _refit_block(
     for path in list(slot.pairs):
         gradient, old = gradients.pop(path), slot.pairs[path]
         before = float(_error(gradient, *old))
-        if np.isnan(before) and not bool(jax.numpy.all(jax.numpy.isfinite(gradient))):
+        if np.isnan(before):
             raise NonFiniteError(
                 f"The calibration gradient of '{path}' in block {slot.index} is not finite before "
                 f"step {step + 1}, so its projectors cannot be checked. Look at the calibration "
                 "rows, or lower the learning rate."
             )
         if not before > options.fit.threshold:
-            slot.errors[path] = before
+            if bool(jnp.any(gradient != 0)):
+                slot.errors[path] = before
             reports.append(PairReport(slot.index, path, before, before, 0))
             continue
         p, q, report = fit(gradient, *old, options.fit)
-        after = float(report.error_after)
+        after, fitted = float(report.error_after), np.isfinite(slot.errors.get(path, np.inf))
         if after < before:
-            if path in slot.errors:
-                slot.moments[path] = _transported(slot.moments[path], old, (p, q))
+            moments = slot.moments[path]
+            if fitted:
+                slot.moments[path] = _transported(moments, old, (p, q))
+            else:
+                slot.moments[path] = moments.replace(mu=0 * moments.mu, nu=0 * moments.nu)
             slot.pairs[path] = (p, q)
-        slot.errors[path] = after
+        elif not fitted:
+            logger.warning(
+                "block %d, %s: the fit did not lower the error of fresh projectors, %.2f; give it "
+                "more steps or another rate",
+                slot.index,
+                path,
+                before,
+            )
+        slot.errors[path] = after if fitted or after < before else np.inf
         reports.append(PairReport(slot.index, path, before, after, int(report.steps)))
     return reports
 

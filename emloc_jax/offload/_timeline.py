@@ -65,6 +65,11 @@ class Timeline:
         with self._lock:
             self._spans.clear()
 
+    def forget(self, before: int) -> None:
+        """Forgets the spans of steps before a step, so that long runs can be recorded."""
+        with self._lock:
+            self._spans = [span for span in self._spans if span.step >= before]
+
     @property
     def spans(self) -> tuple[Span, ...]:
         """The spans so far, by start."""

@@ -94,6 +94,12 @@ class PipelinedTrainer:
                 "function from the number of a step to a batch that projectors are fitted on."
             )
         self.options, self.stack, self.timeline = options, stack, timeline
+        if not isinstance(stack, BlockStack):
+            raise ConfigError(
+                f"A pipelined trainer was asked for on a {type(stack).__name__}; it walks a "
+                "BlockStack. Use block_stack(model, wrap=intercept), declare one for a model of "
+                "yours, or train with lsp_adamw, which needs none."
+            )
         self._weight = total_weight if weight is None else weight
         self._calibration = calibration
         inputs = token_inputs if inputs is None else inputs
@@ -122,9 +128,8 @@ class PipelinedTrainer:
 
         Returns:
           `loss` (mean over the batch), `weight`, `grad_norm` (before clipping), `learning_rate`,
-          `finite`: whether the step changed anything, and `skipped`: steps so far that did not. If
-          any gradient of a block is not finite that block is left as it is, and with clipping the
-          whole step is; either counts.
+          `finite`, and `skipped`: steps so far that were not. A block with a gradient that is not
+          finite is left as it is, and with clipping the whole step changes nothing.
 
         Raises:
           DataError: a batch without weight.
@@ -135,7 +140,7 @@ class PipelinedTrainer:
         weight = float(self._weight(batch))
         if not weight > 0:
             raise DataError(f"Step {number + 1}: no token of the batch is learnt.")
-        if self.schedule.compress and number % options.refit_every == 0:
+        if self.schedule.compress and (number % options.refit_every == 0 or self._unchecked()):
             self.refit()
         rate = np.float32(options.rate(number - self.skipped))
         flow = StepFlow(self._lanes, self.schedule, step=number, clip=options.clip)
@@ -144,13 +149,17 @@ class PipelinedTrainer:
         key = jax.random.fold_in(self._key, number)
         sums: dict[int, Any] = {}
         losses = []
-        for part_number, part in enumerate(parts):
-            last = part_number == len(parts) - 1
-            losses.append(self._pass(part, 1 / weight, sums, flow, rate, key, last=last))
-        norm = flow.finish_backward()
-        if self.schedule.delayed:
-            for slot in (self._outer, *self._blocks):
-                slot.ready(behind=1)
+        try:
+            for part_number, part in enumerate(parts):
+                last = part_number == len(parts) - 1
+                losses.append(self._pass(part, 1 / weight, sums, flow, rate, key, last=last))
+            norm = flow.finish_backward()
+            if self.schedule.delayed:
+                for slot in (self._outer, *self._blocks):
+                    slot.ready(behind=1)
+        except BaseException as error:
+            flow.abort(error)  # so that nobody waits for updates that will not come
+            raise
         finite = bool(np.isfinite(norm))
         self.steps += 1
         self.skipped += not finite
@@ -201,7 +210,7 @@ class PipelinedTrainer:
         if self._outer.updates.plan.trained:
             index = self._outer.index
             if index in sums:
-                outer_sums = jax.tree.map(jnp.add, sums[index], outer_sums)
+                outer_sums = jax.tree.map(jnp.add, sums.pop(index), outer_sums)
             done = self._programs.embed_backward(outer, batch, dx, outer_sums, last=last)
             if last:
                 self._start(self._outer, done, flow, rate, key)
@@ -218,7 +227,7 @@ class PipelinedTrainer:
 
         def on_device(gradients: Any, scale: float) -> None:
             token = slot.update_on_device(gradients, np.float32(scale), rate, down)
-            self._lanes.watch(token, step=flow.step, block=slot.index, name="update")
+            self._lanes.witness(token, step=flow.step, block=slot.index, name="update")
 
         def on_host(gradients: Any, scale: float) -> Any:
             update, slot.moments = self._host_update(gradients, slot.moments, rate, scale)
@@ -226,7 +235,7 @@ class PipelinedTrainer:
 
         def on_return(update: Any) -> None:
             token = slot.apply(update, up)
-            self._lanes.watch(token, step=flow.step, block=slot.index, name="apply")
+            self._lanes.witness(token, step=flow.step, block=slot.index, name="apply")
 
         slot.pending.append(
             flow.start(
@@ -263,17 +272,25 @@ class PipelinedTrainer:
                 f"The projectors are to be fitted before step {self.steps + 1}, but the "
                 "calibration batch holds no token that is learnt. Give rows to calibrate on."
             )
+        try:
+            parts = cut(batch, self.options.accumulation)
+        except ConfigError:  # fewer rows than micro-batches, say: all at once
+            parts = [batch]
         report = stream_refit(
             self._outer.params,
             self._blocks,
             self._programs,
-            batch,
+            parts,
             scale=1 / weight,
             step=self.steps,
             options=self.options,
         )
         self.refits.append(report)
         return report
+
+    def _unchecked(self) -> bool:
+        """Whether a pair has seen no gradient but zero, behind a head that began at zero say."""
+        return any(path not in slot.errors for slot in self._blocks for path in slot.pairs)
 
     def drain(self) -> None:
         """Waits until every update that is on its way has been applied."""

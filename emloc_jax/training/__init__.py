@@ -12,7 +12,7 @@ from emloc_jax.training._evaluate import (
 )
 from emloc_jax.training._hub_rows import read_hub_rows
 from emloc_jax.training._loop import TrainResult, train
-from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_loss
+from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_head_loss, make_loss
 from emloc_jax.training._metrics_file import read_metrics
 from emloc_jax.training._optimizer import decays, make_optimizer, make_schedule
 from emloc_jax.training._padding import pad_examples
@@ -55,6 +55,7 @@ __all__ = [
     "init_state",
     "json_equal",
     "last_number",
+    "make_head_loss",
     "make_loss",
     "make_optimizer",
     "make_schedule",

@@ -192,8 +192,8 @@ def _nonfinite(number: int, metrics: dict[str, float]) -> str:
         return f"step {number}: no token of the batch is learnt, so it has no mean loss."
     return (
         f"step {number}: the loss is {metrics['loss']} and the gradient norm "
-        f"{metrics['grad_norm']}; nothing was changed by this step. Lower the learning rate, look "
-        "at the data, or skip such steps."
+        f"{metrics['grad_norm']}; what is not finite was not applied. Lower the learning rate, "
+        "look at the data, or skip such steps."
     )
 
 

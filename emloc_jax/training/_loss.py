@@ -11,7 +11,7 @@ import optax
 
 from emloc_jax.errors import ConfigError
 
-__all__ = ["Loss", "chunked_cross_entropy", "make_loss"]
+__all__ = ["Loss", "chunked_cross_entropy", "make_head_loss", "make_loss"]
 
 Loss = Callable[[Any, Mapping[str, Any]], tuple[jax.Array, jax.Array]]
 
@@ -119,3 +119,29 @@ def make_loss(apply: Callable[..., Any], *, chunk: int = 256) -> Loss:
         )
 
     return loss
+
+
+def make_head_loss(apply: Callable[..., Any], *, chunk: int = 256) -> Callable[..., Any]:
+    """The same loss from the last block's output on, for trainers that walk a block stack.
+
+    Args:
+        apply: `model.apply` of a causal language model here, or an intercepted one.
+        chunk: tokens whose logits live at once.
+
+    Returns:
+        `head_loss(outer, x, batch) -> (loss sum, weight sum)`, with `outer` the parameters outside
+        the blocks and x (B, T, D) what the last block returned.
+    """
+
+    def head_loss(outer: Any, x: jax.Array, batch: Mapping[str, Any]) -> Any:
+        variables = {"params": outer}
+        hidden = apply(variables, x, method=lambda model, x: model.norm(x))
+        return chunked_cross_entropy(
+            lambda h: apply(variables, h, method="logits"),
+            hidden,
+            batch["targets"],
+            batch["weights"],
+            chunk=chunk,
+        )
+
+    return head_loss

@@ -30,22 +30,36 @@ class PipelinedStep:
         self.trainer = trainer
 
     def initial(self) -> TrainState:
-        """The state before the first step, for `train`."""
-        return self.snapshot(self._token())
+        """The state before the first step, for `train`.
+
+        It holds shapes instead of arrays, placed on the host: a checkpoint is restored there, so
+        that the device never holds the parameters twice.
+        """
+        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu),
+            self.trainer.state(),
+        )
+        return dataclasses.replace(self._token(), trainables=shapes)
 
     def __call__(
         self, state: TrainState, frozen: Any, batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step."""
         del frozen
-        if state.trainables is not None and int(state.step) != self.trainer.steps:
-            self.trainer.load(state.trainables)
+        self._take(state)
         metrics = self.trainer.step(batch)
         return self._token(), {name: np.asarray(value) for name, value in metrics.items()}
 
     def snapshot(self, state: TrainState) -> TrainState:
         """The same state with all that a resumption needs; the next step consumes it."""
+        self._take(state)
         return dataclasses.replace(state, trainables=self.trainer.state())
+
+    def _take(self, state: TrainState) -> None:
+        """Loads a saved state, unless it is where the trainer is."""
+        if state.trainables is not None and int(state.step) != self.trainer.steps:
+            self.trainer.load(state.trainables)
 
     def _token(self) -> TrainState:
         return TrainState(

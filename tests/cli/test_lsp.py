@@ -44,12 +44,30 @@ def test_lsp_leaves_a_model_that_torch_reads(tmp_path, model_folder, common):
     assert np.abs(ours - our_logits(model_folder)).max() > 1e-3
 
 
+def test_rules_replace_the_default(tmp_path, model_folder, common):
+    run = tmp_path / "run"
+    rules = "lsp.train={'layers/self_attn/.*': frozen, 'layers/mlp/down_proj': host}"
+    arguments = ["method=lsp", "lsp.schedule=layerwise", "train.steps=1", rules]
+    assert main(["finetune", *common, *arguments, "eval.scores=[]", f"output={run}"]) == 0
+    before = load_pretrained(model_folder, tokenizer=False).params["layers"]["0"]
+    after = load_pretrained(run / "merged", tokenizer=False).params["layers"]["0"]
+    for module in ("gate_proj", "up_proj"):
+        np.testing.assert_array_equal(
+            after["mlp"][module]["kernel"], before["mlp"][module]["kernel"]
+        )
+    np.testing.assert_array_equal(
+        after["self_attn"]["q_proj"]["kernel"], before["self_attn"]["q_proj"]["kernel"]
+    )
+    assert (after["mlp"]["down_proj"]["kernel"] != before["mlp"]["down_proj"]["kernel"]).any()
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
         ("lsp.subspace=33", "33"),
         ("lsp.subspace=2.5", "whole number"),
         ("lsp.nnz=17", "nnz"),
+        ("lsp.calibration_rows=0", "calibration_rows"),
         ("lsp.schedule=zero", "schedule"),
         ("lsp.train={'layers/.*/kernle': subspace}", "kernle"),
     ],

@@ -83,6 +83,11 @@ def test_an_unknown_schedule():
         make("zero")
 
 
+def test_a_model_without_a_block_stack():
+    with pytest.raises(ConfigError, match="BlockStack"):
+        PipelinedTrainer(MODEL, PARAMS, head_loss(MODEL), batch_of(0), schedule="native")
+
+
 def test_compression_needs_calibration():
     with pytest.raises(ConfigError, match="calibration"):
         make(calibration=None)
@@ -151,9 +156,36 @@ def test_an_error_on_a_lane_comes_out_of_the_next_step():
         options=QUICK,
         link=BrokenLink(),
     )
-    with pytest.raises(OSError, match="the link is gone"), trainer:
+    with pytest.raises(OSError, match="the link is gone"):
         trainer.step(batch_of(0))
         trainer.step(batch_of(1))
+    for ask in (trainer.drain, trainer.state, trainer.params, trainer.close):
+        with pytest.raises(OSError, match="the link is gone"):  # and nothing waits for ever
+            ask()
+
+
+@pytest.mark.parametrize("schedule", ["native", "offload"])
+def test_an_interrupted_step_leaves_nobody_waiting(schedule):
+    """With clipping, updates wait for the end of a backward pass that never comes."""
+
+    def interrupt(lane, step, block, name):
+        if (lane, block, name) == ("device", 0, "backward"):
+            raise KeyboardInterrupt
+        return 0.0
+
+    trainer = PipelinedTrainer(
+        make_stack(MODEL),
+        PARAMS,
+        head_loss(MODEL),
+        batch_of(0),
+        schedule=schedule,
+        options=dataclasses.replace(QUICK, clip=1.0),
+        delay=interrupt,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(batch_of(0))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.close()
 
 
 def test_parameters_given_are_not_consumed():

@@ -73,6 +73,20 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
+def test_resumed_at_the_end_it_is_the_trained_model(tmp_path):
+    trained, _ = run(tmp_path / "run", 2)
+    resumed, result = run(tmp_path / "run", 2, resume=True)
+    assert result.resumed_from == 2
+    jax.tree.map(np.testing.assert_array_equal, resumed, trained)
+    assert (
+        np.abs(
+            np.asarray(trained["layers"]["0"]["mlp"]["up_proj"]["kernel"])
+            - PARAMS["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+        ).max()
+        > 1e-3
+    )
+
+
 def test_other_projectors_are_refused(tmp_path):
     run(tmp_path / "run", 2)
     with pytest.raises(ResumeError, match="other trainables"):
