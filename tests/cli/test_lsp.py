@@ -47,7 +47,7 @@ def test_lsp_leaves_a_model_that_torch_reads(tmp_path, model_folder, common):
 def test_rules_replace_the_default(tmp_path, model_folder, common):
     run = tmp_path / "run"
     rules = "lsp.train={'layers/self_attn/.*': frozen, 'layers/mlp/down_proj': host}"
-    arguments = ["method=lsp", "lsp.schedule=layerwise", "train.steps=1", rules]
+    arguments = ["method=lsp", "lsp.schedule=layerwise", "train.steps=1", "train.warmup=0", rules]
     assert main(["finetune", *common, *arguments, "eval.scores=[]", f"output={run}"]) == 0
     before = load_pretrained(model_folder, tokenizer=False).params["layers"]["0"]
     after = load_pretrained(run / "merged", tokenizer=False).params["layers"]["0"]

@@ -106,7 +106,13 @@ def test_identity_projectors_are_the_uncompressed_mode_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("schedule", "clip"),
-    [("lsp", None), ("lsp", 0.3), ("lsp_serial", None), ("offload_delayed", 0.3), ("native", None)],
+    [
+        ("lsp", None),
+        ("offload_delayed", 0.3),
+        pytest.param("lsp", 0.3, marks=pytest.mark.slow),
+        pytest.param("lsp_serial", None, marks=pytest.mark.slow),
+        pytest.param("native", None, marks=pytest.mark.slow),
+    ],
 )
 def test_overlap_changes_no_bit(schedule, clip):
     model, params = tiny_model()
@@ -176,7 +182,7 @@ def test_delayed_updates_are_one_step_late():
     assert_close(trained, jax.tree.map(np.array, weights), 2e-5)
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+@pytest.mark.parametrize("rounding", ["stochastic", pytest.param("kahan", marks=pytest.mark.slow)])
 def test_state_and_load_go_on_bit_for_bit(rounding):
     model, params = tiny_model(dtype=jnp.bfloat16)
     options = PipelineOptions(
