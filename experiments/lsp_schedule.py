@@ -123,7 +123,7 @@ def report(output, part, rows, timelines):
         mean = summarize(timeline).mean
         print(
             f"| {name} | {seconds:.3f} | {seconds / native:.2f} | {predicted:.3f} "
-            f"({100 * (predicted / seconds - 1):+.1f} %) | {mean.bytes_to_host:,} |"
+            f"({100 * (predicted / seconds - 1):+.1f} %) | {mean.bytes_to_host:,.0f} |"
         )
         steps = sorted({span.step for span in timeline.spans})[1:3]
         title = f"{part}: {name}, {seconds:.3f} s per step"

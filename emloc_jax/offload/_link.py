@@ -40,7 +40,7 @@ class DevicePutLink:
       Array(2., dtype=float32)
     """
 
-    def __init__(self, device: jax.Device | None = None):
+    def __init__(self, device: Any = None):
         self.device = jax.local_devices()[0] if device is None else device
 
     def to_host(self, tree: Any) -> Any:
@@ -62,7 +62,7 @@ class PinnedHostLink:
       ConfigError: the device has no memory of kind `pinned_host`.
     """
 
-    def __init__(self, device: jax.Device | None = None):
+    def __init__(self, device: Any = None):
         self.device = jax.local_devices()[0] if device is None else device
         kinds = {memory.kind for memory in self.device.addressable_memories()}
         if "pinned_host" not in kinds:

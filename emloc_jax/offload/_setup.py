@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from emloc_jax.errors import PlanError
-from emloc_jax.kernels import cache, flatten_leaves
+from emloc_jax.kernels import SparseProjector, cache, flatten_leaves
 from emloc_jax.models import BlockStack
 from emloc_jax.offload._adam import init_moments
 from emloc_jax.offload._block_programs import BlockPrograms, core_shape
@@ -115,8 +115,12 @@ def fresh_pairs(
     prefix = len(full_path(name, ""))
     own = {path[prefix:]: pair for path, pair in made.items()}
     if options.product == "dense":
-        own = {path: (cache(p), cache(q)) for path, (p, q) in own.items()}
+        own = {path: (_cached(p), _cached(q)) for path, (p, q) in own.items()}
     return own
+
+
+def _cached(p: SparseProjector | None) -> SparseProjector | None:
+    return None if p is None else cache(p)
 
 
 class _Compiled:

@@ -130,7 +130,8 @@ class StepFlow:
             # One verdict for the whole block: what is not finite is not applied anywhere.
             good = bool(np.isfinite(float(result.squares)))
             if on_device is not None:
-                self._gate.when_open(lambda scale: on_device(own, scale if good else np.nan))
+                apply_here = on_device
+                self._gate.when_open(lambda scale: apply_here(own, scale if good else np.nan))
             if on_host is None:
                 self._gate.when_open(lambda scale: done.set_result(None))
             else:
@@ -147,9 +148,12 @@ class StepFlow:
             squares.set_result(result.squares)
 
         def downloaded(host_gradients: Any, good: bool) -> None:
+            assert on_host is not None
+            adam = on_host
+
             def submit(scale: float) -> None:
                 factor = scale if good else np.nan
-                run = Work(lambda: on_host(host_gradients, factor), step, block, "adam", 0, order())
+                run = Work(lambda: adam(host_gradients, factor), step, block, "adam", 0, order())
                 then(lanes.host.submit(run), updated)
 
             self._gate.when_open(submit)

@@ -139,7 +139,7 @@ def _refit_block(
                 slot.errors[path] = before
             reports.append(PairReport(slot.index, path, before, before, 0))
             continue
-        p, q, report = fit(gradient, *old, options.fit)
+        p, q, report = fit(gradient, old[0], old[1], options.fit)
         after, fitted = float(report.error_after), np.isfinite(slot.errors.get(path, np.inf))
         if after < before:
             moments = slot.moments[path]

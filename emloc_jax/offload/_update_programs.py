@@ -28,7 +28,8 @@ class UpdatePrograms:
 
     def __init__(self, plan: Plan, *, host: bool, adam: AdamOptions, rounding: Rounding):
         self.plan, self._host = plan, host
-        self._adam, self._rounding = adam, rounding
+        self._adam = adam
+        self._rounding: Rounding = rounding
         self.apply = jax.jit(self._apply, donate_argnames=("params", "extras"))
         self.update_on_device = jax.jit(
             self._update_on_device, donate_argnames=("params", "moments", "extras")
