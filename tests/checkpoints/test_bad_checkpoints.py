@@ -118,7 +118,7 @@ def test_another_stored_type(llama_folder):
 
 def test_a_head_that_should_be_tied(llama_folder):
     change_config(llama_folder, tie_word_embeddings=True)
-    refuses(llama_folder, "lm_head.weight differs from model.embed_tokens.weight")
+    refuses(llama_folder, "lm_head.weight is to be a copy of model.embed_tokens.weight")
 
 
 def test_unsupported_models_are_named_even_without_weights(llama_folder):

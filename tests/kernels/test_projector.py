@@ -284,7 +284,7 @@ def test_the_faster_product_is_measured(monkeypatch):
         (lambda: make_projector(0, 8, 9, 2), "8 rows.*size=9"),
         (lambda: make_projector(0, 8, 4, 0), "nnz=0"),
         (lambda: make_projector(0, 8, 4, 2, law="uniform"), "'uniform'"),  # pyright: ignore
-        (lambda: identity_projector(3, [0, 1, 1]), "not a permutation"),
+        (lambda: identity_projector(3, [0, 1, 1]), "no permutation"),
         (lambda: dense_projector(jnp.zeros((2, 3))), r"\(2, 3\)"),
         (lambda: with_values(make_projector(0, 8, 4, 2), jnp.zeros((8, 3))), r"\(8, 3\)"),
         (lambda: stack_projectors([]), "equal"),
