@@ -8,7 +8,7 @@ kernels of three blocks of SmolLM2-135M, projectors are fitted on the gradient o
 answers, and the relative estimation error is measured on that gradient and on the gradient of
 another batch: fresh (unfitted) projectors, the best single rescaling of them, fitted ones, and
 projection on the singular vectors of the fitting gradient with as many bytes as the sparse
-projectors take. Half an hour on two CPU cores. Expect the figures of docs/results.md.
+projectors take. Five minutes on one CPU core. Expect the figures of docs/results.md.
 """
 
 import argparse

@@ -20,7 +20,9 @@ from emloc_jax.checkpoints._peft_names import has_conv1d, linear_modules
 from emloc_jax.checkpoints._pretrained import Pretrained, open_source
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._source import WeightSource
+from emloc_jax.checkpoints._stored_names import stored_names
 from emloc_jax.errors import AdapterMismatchError, NonFiniteError
+from emloc_jax.models import hf_storage
 
 __all__ = ["AdapterInfo", "adapter_info", "load_adapter"]
 
@@ -73,8 +75,8 @@ def load_adapter(
     source = _open(folder)
     info = _info(source)
     linear = {module: (path, *size) for path, (module, *size) in linear_modules(config).items()}
-    weights = open_source(base.source)[0] if isinstance(base, Pretrained) else None
-    pairs = _pairs(source, scales, linear, weights, folder)
+    own = _Own.of(base) if isinstance(base, Pretrained) else None
+    pairs = _pairs(source, scales, linear, own, folder)
     if check_base and isinstance(base, Pretrained) and info.base_fingerprint is not None:
         if info.base_fingerprint != base_fingerprint(base):
             raise AdapterMismatchError(
@@ -118,7 +120,7 @@ def _pairs(
     source: SafetensorsSource,
     scales: PeftScales,
     linear: Mapping[str, tuple[Any, ...]],
-    weights: WeightSource | None,
+    own: "_Own | None",
     folder: Path,
 ) -> dict[str, dict[str, str]]:
     """Module -> {"A": key, "B": key}, once names, ranks and shapes are known to fit the base."""
@@ -126,7 +128,7 @@ def _pairs(
     problems = []
     for key in source.tensors:
         match = _KEY.fullmatch(key)
-        if match is None and _is_copy(source, key, weights):
+        if match is None and own is not None and own.has(source, key):
             continue
         if match is None:
             problems.append(f"{key}: not a LoRA factor of a linear layer")
@@ -152,12 +154,23 @@ def _pairs(
     return pairs
 
 
-def _is_copy(source: SafetensorsSource, key: str, weights: WeightSource | None) -> bool:
-    """Whether the tensor is what the base itself has under that name."""
-    match = _COPY.fullmatch(key)
-    name = f"{match[1]}.weight" if match else ""
-    if weights is None or name not in weights.tensors:
-        return False
-    return np.array_equal(
-        source.read(key).astype(np.float32), weights.read(name).astype(np.float32)
-    )
+class _Own(NamedTuple):
+    """The base's own tensors, and the names by which transformers' class knows them."""
+
+    weights: WeightSource
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, base: Pretrained) -> "_Own":
+        weights = open_source(base.source)[0]
+        return cls(weights, stored_names(weights.tensors, hf_storage(base.config)))
+
+    def has(self, source: SafetensorsSource, key: str) -> bool:
+        """Whether the tensor is what the base itself has under that name."""
+        match = _COPY.fullmatch(key)
+        asked = f"{match[1]}.weight" if match else ""
+        name = self.names.get(asked, asked)
+        if name not in self.weights.tensors:
+            return False
+        copy, own = source.read(key), self.weights.read(name)
+        return np.array_equal(copy.astype(np.float32), own.astype(np.float32))

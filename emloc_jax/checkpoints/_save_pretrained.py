@@ -42,7 +42,8 @@ def save_pretrained(
     """Write parameters as a Hugging Face folder of the same model as `like`.
 
     Names, types and division into shards are those of the base folder, and its config, tokenizer
-    and generation files are copied. From a GGUF base, and where a head was made afresh, a folder
+    and generation files are copied; a `like.hf_config` with other entries (names of labels, say)
+    replaces the config. From a GGUF base, and where a head was made afresh, a folder
     with Hugging Face's standard names is made, and a config for it. A tied head is not written
     twice. Tensors are written one at a time; boxed kernels are turned into arrays on the way, so
     `attach(params, adapters)` is merged without a second copy.
@@ -63,7 +64,7 @@ def save_pretrained(
       NonFiniteError: a parameter has infinite or NaN entries.
     """
     wanted = parameter_dtype(dtype)
-    source, _ = open_source(like.source)
+    source, found = open_source(like.source)
     leaves = layer_leaves(params)
     names = _match(leaves, like.config)
     # A GGUF base has other names, and the base's own files have no place for a new head.
@@ -89,7 +90,8 @@ def save_pretrained(
     with new_directory(folder, overwrite, needs=needs) as partial:
         write_sharded(partial, shards, read, metadata)
         if base is not None:
-            copy_side_files(like.source, partial, None if wanted is None else str(wanted))
+            changed = None if like.hf_config == found else like.hf_config
+            copy_side_files(like.source, partial, None if wanted is None else str(wanted), changed)
         else:
             stored = _DTYPE_NAMES[shards[next(iter(shards))][0].dtype]
             if isinstance(source, GgufSource):

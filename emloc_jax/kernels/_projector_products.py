@@ -23,6 +23,8 @@ _FUSED = 4
 def project(x: jax.Array, p: SparseProjector | None) -> jax.Array:
     """`x P`.
 
+    A cached copy is rounded to the dtype of `x` if that is narrower.
+
     Args:
       x: `(*stack, ..., d)`.
       p: `(d, size)`, or None.
@@ -122,7 +124,9 @@ def _project(x: jax.Array, p: SparseProjector | None, *, axis: int) -> jax.Array
     if p is None:
         return x.astype(jnp.float32)
     if p.cached is not None:
-        return _dense_product(x, p.cached, axis)
+        # Both operands as narrow as the rows: products of bf16 with fp32 miss the matrix units.
+        narrow = axis == -1 and x.dtype.itemsize < p.cached.dtype.itemsize
+        return _dense_product(x, p.cached.astype(x.dtype) if narrow else p.cached, axis)
     slots = p.slots.astype(jnp.int32)
     flat = p.values.reshape(-1).astype(jnp.float32)
     # Padding reads the last row with weight zero.

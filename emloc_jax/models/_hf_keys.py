@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
+from emloc_jax.models.activations import activation
 
 __all__ = [
     "as_tuple",
+    "check_plain_sizes",
     "from_tuple",
     "refuse_options",
     "refuse_quantised",
@@ -58,6 +60,26 @@ def require_positive(config: Any, names: Sequence[str]) -> None:
                 f"{name}={value!r} was given where a positive whole number is needed. "
                 "Correct the config."
             )
+
+
+def check_plain_sizes(config: Any) -> None:
+    """Checks what the configs of GPT-2 and of the encoders have in common.
+
+    Args:
+        config: the config.
+
+    Raises:
+        ConfigError: a size is no positive whole number, or the heads do not share out the width.
+        UnsupportedArchitectureError: its activation is not implemented.
+    """
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+    require_positive(config, (*sizes, "max_position_embeddings"))
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}. "
+            "Correct the config."
+        )
+    activation(config.hidden_act)
 
 
 def the_class(hf: Mapping[str, Any], model_type: str, classes: Sequence[str]) -> str | None:

@@ -8,9 +8,8 @@ from flax import linen as nn
 from jax import Array
 
 from emloc_jax.models.attention import Attention
-from emloc_jax.models.cache import KeysValues
 from emloc_jax.models.config import DecoderConfig
-from emloc_jax.models.context import Context
+from emloc_jax.models.pre_norm_block import PreNormBlock
 
 __all__ = ["DecoderBlock"]
 
@@ -46,20 +45,10 @@ class GatedMlp(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
-
-    Attributes:
-        config: the decoder's shape.
-        dtype: of the computation and of the residual stream.
-        param_dtype: of the parameters.
-        attention_implementation: see ``Attention``.
-    """
+class DecoderBlock(PreNormBlock):
+    """``x + self_attn(input_layernorm(x))``, then ``x + mlp(post_attention_layernorm(x))``."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    attention_implementation: str | None = None
 
     def setup(self):
         """Declares the parts."""
@@ -70,23 +59,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(epsilon=c.rms_norm_eps, **dtypes)
         self.mlp = GatedMlp(c, **dtypes)
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """The block on whole sequences.
-
-        Args:
-            x: (B, T, D).
-            context: rotary tables and mask.
-
-        Returns:
-            (B, T, D).
-        """
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def decode(
-        self, x: Array, cache: KeysValues, layer: int | Array, slot: Array, context: Context
-    ) -> tuple[Array, KeysValues]:
-        """The block on new tokens; arguments and results are those of ``Attention.decode``."""
-        mixed, cache = self.self_attn.decode(self.input_layernorm(x), cache, layer, slot, context)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    @nn.nowrap
+    def parts(self) -> tuple[nn.RMSNorm, Attention, nn.RMSNorm, GatedMlp]:
+        """The four parts."""
+        return self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp

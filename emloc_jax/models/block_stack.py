@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from emloc_jax.errors import ConfigError
 from emloc_jax.models.causal import CausalModel
 from emloc_jax.models.encoder import Encoder
 
@@ -29,7 +30,6 @@ class BlockStack:
         block: ``(block_params, x, context) -> x``, one function for all blocks.
         head: ``(params, x) -> outputs``.
         block_params: ``(params, index) -> block_params``.
-        replace_block: ``(params, index, block_params) -> params``, a new tree.
         outer: ``params -> outer``, the parameters outside the blocks; ``embed`` and ``head`` take
             them in place of all parameters.
         join: ``(outer, [block_params, …]) -> params``, the inverse of ``outer`` and
@@ -42,7 +42,6 @@ class BlockStack:
     block: Callable[[Any, Any, Any], Any]
     head: Callable[[Any, Any], Any]
     block_params: Callable[[Any, int], Any]
-    replace_block: Callable[[Any, int, Any], Any]
     outer: Callable[[Any], Any]
     join: Callable[[Any, Sequence[Any]], Any]
     name: str = "layers"
@@ -78,6 +77,9 @@ def block_stack(
         The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``, and
         for an ``Encoder`` ``token_types=None`` as well.
 
+    Raises:
+        ConfigError: a model of another room.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from emloc_jax.models import Decoder, DecoderConfig, block_stack
@@ -92,6 +94,11 @@ def block_stack(
         >>> stack.head(params, x).shape
         (1, 5, 32)
     """
+    if not isinstance(model, CausalModel | Encoder):
+        raise ConfigError(
+            f"The block stack of a {type(model).__name__} was asked for; those of this room's "
+            "Decoder, Gpt2 and Encoder are known. Declare a BlockStack for a model of yours."
+        )
     apply_model, apply_block = wrap(model.apply), wrap(model.block().apply)
 
     def embed(params, *inputs, **named):
@@ -109,14 +116,6 @@ def block_stack(
             return jax.tree.map(lambda leaf: leaf[index], params["layers"])
         return params["layers"][str(index)]
 
-    def replace_block(params, index, new):
-        layers = params["layers"]
-        if model.scan_layers:
-            layers = jax.tree.map(lambda leaf, own: leaf.at[index].set(own), layers, new)
-        else:
-            layers = {**layers, str(index): new}
-        return {**params, "layers": layers}
-
     def outer(params):
         return {key: value for key, value in params.items() if key != "layers"}
 
@@ -131,7 +130,6 @@ def block_stack(
         block=run_block,
         head=head,
         block_params=block_params,
-        replace_block=replace_block,
         outer=outer,
         join=join,
     )

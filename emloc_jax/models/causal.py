@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,11 @@ from emloc_jax.models.layer_stack import run_layers
 __all__ = ["CausalModel"]
 
 
-class CausalModel(nn.Module):
+class CausalModel(nn.Module, abc.ABC):
     """A causal language model but for its parts, which ``Decoder`` and ``Gpt2`` declare.
 
     A subclass declares ``embed_tokens`` (``nn.Embed``), ``layers`` (of ``new_layers``), ``norm``
-    and, unless ``config.tie_embeddings``, ``lm_head`` in its ``setup``, and overrides ``embed``,
+    and, unless ``config.tie_embeddings``, ``lm_head`` in its ``setup``, and defines ``embed``,
     ``block``, ``context`` and ``cache_context``.
 
     Attributes:
@@ -79,6 +80,7 @@ class CausalModel(nn.Module):
         x = self.embed(tokens, positions, segments)
         return self.norm(self._through_layers(run, x, remat=self.remat))
 
+    @abc.abstractmethod
     def embed(
         self, tokens: Array, positions: Array | None = None, segments: Array | None = None
     ) -> Array:
@@ -92,9 +94,9 @@ class CausalModel(nn.Module):
         Returns:
             (B, T, D) in ``dtype``.
         """
-        raise NotImplementedError
 
     @nn.nowrap
+    @abc.abstractmethod
     def block(self, name: str | None = None) -> nn.Module:
         """A new block: ``(x, context) -> x``, and ``decode`` as ``DecoderBlock`` has it.
 
@@ -104,9 +106,9 @@ class CausalModel(nn.Module):
         Returns:
             The module, unbound unless it is made inside this one.
         """
-        raise NotImplementedError
 
     @nn.nowrap
+    @abc.abstractmethod
     def context(
         self, tokens: Array, positions: Array | None = None, segments: Array | None = None
     ) -> Any:
@@ -120,9 +122,9 @@ class CausalModel(nn.Module):
         Returns:
             Any pytree.
         """
-        raise NotImplementedError
 
     @nn.nowrap
+    @abc.abstractmethod
     def cache_context(self, positions: Array, cached: Array) -> Any:
         """The same for new tokens that look into a cache.
 
@@ -133,7 +135,6 @@ class CausalModel(nn.Module):
         Returns:
             Any pytree.
         """
-        raise NotImplementedError
 
     def head(self, x: Array) -> Array:
         """Final norm and logits; ``method='head'``.

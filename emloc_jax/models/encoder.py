@@ -11,11 +11,12 @@ from jax import Array
 
 from emloc_jax.errors import ConfigError
 from emloc_jax.models.activations import activation
-from emloc_jax.models.encoder_block import EncoderBlock, encoder_dense, encoder_norm
+from emloc_jax.models.encoder_block import EncoderBlock
 from emloc_jax.models.encoder_config import EncoderConfig
 from emloc_jax.models.layer_stack import new_layers, run_layers
 from emloc_jax.models.learned_positions import position_ids
 from emloc_jax.models.masks import segment_mask
+from emloc_jax.models.plain_layers import new_dense, new_norm
 
 __all__ = ["Encoder"]
 
@@ -37,8 +38,8 @@ class MaskedLmHead(nn.Module):
         """Declares the parts."""
         c = self.config
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.dense = encoder_dense(c, c.hidden_size, dtypes)
-        self.norm = encoder_norm(c, dtypes)
+        self.dense = new_dense(c, c.hidden_size, dtypes)
+        self.norm = new_norm(c, dtypes)
         self.bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
 
     def __call__(self, x: Array, attend: Callable[[Array], Array]) -> Array:
@@ -107,12 +108,12 @@ class Encoder(nn.Module):
         rows = c.max_position_embeddings + c.position_offset
         self.embed_positions = nn.Embed(rows, **table)
         self.embed_token_types = nn.Embed(c.type_vocab_size, **table)
-        self.embed_norm = encoder_norm(c, dtypes)
+        self.embed_norm = new_norm(c, dtypes)
         self.layers = new_layers(self.block, c.num_layers, self.scan_layers)
         if c.pooler:
-            self.pooler = encoder_dense(c, c.hidden_size, dtypes)
+            self.pooler = new_dense(c, c.hidden_size, dtypes)
         if c.num_labels is not None:
-            self.classifier = encoder_dense(c, c.num_labels, dtypes)
+            self.classifier = new_dense(c, c.num_labels, dtypes)
         if c.head == "masked_lm":
             self.masked_lm = MaskedLmHead(c, **dtypes)
 

@@ -7,22 +7,11 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from emloc_jax.models.activations import activation
 from emloc_jax.models.attend import attend
 from emloc_jax.models.encoder_config import EncoderConfig
+from emloc_jax.models.plain_layers import PlainMlp, new_dense, new_norm
 
-__all__ = ["EncoderBlock", "encoder_dense", "encoder_norm"]
-
-
-def encoder_dense(config: EncoderConfig, features: int, dtypes: dict[str, Any]) -> nn.Dense:
-    """A dense layer with the family's initialisation."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, kernel_init=init, **dtypes)
-
-
-def encoder_norm(config: EncoderConfig, dtypes: dict[str, Any]) -> nn.LayerNorm:
-    """A layer norm; with an epsilon of 1e-12 the variance must not be a difference of means."""
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, **dtypes)
+__all__ = ["EncoderBlock"]
 
 
 class EncoderAttention(nn.Module):
@@ -44,10 +33,10 @@ class EncoderAttention(nn.Module):
         """Declares the projections."""
         c = self.config
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.query = encoder_dense(c, c.hidden_size, dtypes)
-        self.key = encoder_dense(c, c.hidden_size, dtypes)
-        self.value = encoder_dense(c, c.hidden_size, dtypes)
-        self.output = encoder_dense(c, c.hidden_size, dtypes)
+        self.query = new_dense(c, c.hidden_size, dtypes)
+        self.key = new_dense(c, c.hidden_size, dtypes)
+        self.value = new_dense(c, c.hidden_size, dtypes)
+        self.output = new_dense(c, c.hidden_size, dtypes)
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         """Attention of whole sequences, (B, T, D); ``mask`` as in ``attend``."""
@@ -57,31 +46,6 @@ class EncoderAttention(nn.Module):
         )
         how = self.implementation
         return self.output(attend(queries, keys, values, mask, causal=False, implementation=how))
-
-
-class EncoderMlp(nn.Module):
-    """``output(activation(intermediate(x)))``.
-
-    Attributes:
-        config: the encoder's shape.
-        dtype: of the computation.
-        param_dtype: of the parameters.
-    """
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-
-    def setup(self):
-        """Declares the projections."""
-        c = self.config
-        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.intermediate = encoder_dense(c, c.intermediate_size, dtypes)
-        self.output = encoder_dense(c, c.hidden_size, dtypes)
-
-    def __call__(self, x: Array) -> Array:
-        """The MLP of every token by itself: (B, T, D) to (B, T, D)."""
-        return self.output(activation(self.config.hidden_act)(self.intermediate(x)))
 
 
 class EncoderBlock(nn.Module):
@@ -104,9 +68,9 @@ class EncoderBlock(nn.Module):
         c = self.config
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         self.attention = EncoderAttention(c, implementation=self.attention_implementation, **dtypes)
-        self.attention_norm = encoder_norm(c, dtypes)
-        self.mlp = EncoderMlp(c, **dtypes)
-        self.mlp_norm = encoder_norm(c, dtypes)
+        self.attention_norm = new_norm(c, dtypes)
+        self.mlp = PlainMlp(c, inner="intermediate", outer="output", **dtypes)
+        self.mlp_norm = new_norm(c, dtypes)
 
     def __call__(self, x: Array, context: Array | None) -> Array:
         """The block on whole sequences.

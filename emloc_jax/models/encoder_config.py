@@ -9,6 +9,7 @@ from typing import Any
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.models._hf_keys import (
     as_tuple,
+    check_plain_sizes,
     from_tuple,
     refuse_options,
     refuse_quantised,
@@ -16,7 +17,6 @@ from emloc_jax.models._hf_keys import (
     required,
     the_class,
 )
-from emloc_jax.models.activations import activation
 
 __all__ = ["ENCODER_CLASSES", "EncoderConfig"]
 
@@ -93,13 +93,8 @@ class EncoderConfig:
     pad_token_id: int | None = 0
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        require_positive(self, (*sizes, "max_position_embeddings", "type_vocab_size"))
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}. "
-                "Correct the config."
-            )
+        check_plain_sizes(self)
+        require_positive(self, ("type_vocab_size",))
         if self.model_type not in _FAMILIES or self.head not in _HEADS:
             raise ConfigError(
                 f"model_type={self.model_type!r} with head={self.head!r} was given; there are "
@@ -122,7 +117,6 @@ class EncoderConfig:
                 "A RoBERTa without pad_token_id was given; its positions are counted from there. "
                 "Take the config.json that came with the weights."
             )
-        activation(self.hidden_act)
 
     @property
     def position_offset(self) -> int:

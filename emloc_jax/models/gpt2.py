@@ -13,6 +13,7 @@ from emloc_jax.models.gpt2_config import Gpt2Config
 from emloc_jax.models.layer_stack import new_layers
 from emloc_jax.models.learned_positions import position_ids
 from emloc_jax.models.masks import cache_mask, causal_mask
+from emloc_jax.models.plain_layers import new_norm
 
 __all__ = ["Gpt2"]
 
@@ -62,7 +63,7 @@ class Gpt2(CausalModel):
         self.embed_tokens = nn.Embed(c.vocab_size, **table)
         self.embed_positions = nn.Embed(c.max_position_embeddings, **table)
         self.layers = new_layers(self.block, c.num_layers, self.scan_layers)
-        self.norm = nn.LayerNorm(epsilon=c.layer_norm_eps, use_fast_variance=False, **dtypes)
+        self.norm = new_norm(c, dtypes)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal, **dtypes)
 

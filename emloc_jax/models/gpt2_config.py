@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from emloc_jax.errors import ConfigError
 from emloc_jax.models._hf_keys import (
     as_tuple,
+    check_plain_sizes,
     from_tuple,
     refuse_options,
     refuse_quantised,
-    require_positive,
     required,
     the_class,
 )
-from emloc_jax.models.activations import activation
 
 __all__ = ["GPT2_CLASSES", "Gpt2Config"]
 
@@ -79,14 +77,7 @@ class Gpt2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-        require_positive(self, (*sizes, "max_position_embeddings"))
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}. "
-                "Correct the config."
-            )
-        activation(self.hidden_act)
+        check_plain_sizes(self)
 
     @property
     def model_type(self) -> str:

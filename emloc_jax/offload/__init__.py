@@ -33,8 +33,11 @@ from emloc_jax.offload._plan import Plan as Plan
 from emloc_jax.offload._plan import default_rules as default_rules
 from emloc_jax.offload._plan import make_plan as make_plan
 from emloc_jax.offload._plan import match_treatments as match_treatments
+from emloc_jax.offload._program_memory import ProgramMemory as ProgramMemory
+from emloc_jax.offload._program_memory import program_memory as program_memory
 from emloc_jax.offload._rounding import Rounding as Rounding
 from emloc_jax.offload._rounding import rounding_state as rounding_state
+from emloc_jax.offload._same_projectors import check_same_projectors as check_same_projectors
 from emloc_jax.offload._schedules import SCHEDULES as SCHEDULES
 from emloc_jax.offload._simulate import simulate as simulate
 from emloc_jax.offload._simulate import simulated_seconds as simulated_seconds

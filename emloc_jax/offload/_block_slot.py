@@ -6,8 +6,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from emloc_jax.offload._block_programs import BlockPrograms
+from emloc_jax.offload._step_flow import Held
 from emloc_jax.offload._update_programs import UpdatePrograms
 
 __all__ = ["BlockSlot"]
@@ -56,11 +58,33 @@ class BlockSlot:
           Exception: what went wrong on a lane.
         """
         while len(self.pending) > behind:
-            apply = self.pending[0].result()  # an error stays, for whoever asks again
+            held = self.held()
             self.pending.pop(0)
-            if apply is not None:
-                apply()
+            if held is not None:
+                held.apply(held.update)
         return self.params
+
+    def held(self) -> Held | None:
+        """Waits for the oldest pending update: None once it is applied, unless it is delayed.
+
+        Raises:
+          Exception: what went wrong on a lane; it stays, for whoever asks again.
+        """
+        return self.pending[0].result() if self.pending else None
+
+    def finished(self) -> Any:
+        """The parameters with every update, also one that is to be applied later.
+
+        In that case they are a copy: saving or evaluating must not change what follows.
+        """
+        held = self.held()
+        if held is None:
+            return self.params
+        kept = jax.tree.map(jnp.copy, (self.params, self.extras))
+        held.apply(held.update)  # consumes what it changes
+        finished = self.params
+        self.params, self.extras = kept
+        return finished
 
     def update_on_device(self, gradients: Any, scale: Any, rate: Any, key: jax.Array) -> Any:
         """Adam on the device for the leaves that stay there; returns a token as `apply` does."""

@@ -1,6 +1,7 @@
 """Learning the values of projectors on given gradients."""
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from emloc_jax.kernels import SparseProjector
 from emloc_jax.offload._fit_loop import FitState, advance, finish, start
 from emloc_jax.offload._fit_options import DEFAULT_FIT, FitNumbers, FitOptions, FitReport
 
-__all__ = ["fit"]
+__all__ = ["fit", "fit_programs"]
 
 # Steps between two looks at the clock.
 _CHUNK = 10
@@ -52,40 +53,54 @@ def fit(
       (True, True)
     """
     _check(g, p, q)
-    batch: Any = (g, p, q) if g.ndim == 3 else jax.tree.map(lambda leaf: leaf[None], (g, p, q))
     begin, numbers = time.monotonic(), options.numbers()
-    state = _start(*batch)
+    state = _start(g, p, q)
     chunk = options.steps if options.time_limit is None else _CHUNK
     for limit in range(chunk, options.steps + chunk, chunk):
-        state = _advance(*batch, state, numbers, min(limit, options.steps))
+        state = _advance(g, p, q, state, numbers, min(limit, options.steps))
         if options.time_limit is not None:
             jax.block_until_ready(state)
             if time.monotonic() - begin >= options.time_limit:
                 break
-    new_p, new_q, report = _finish(*batch, state)
+    new_p, new_q, report = _finish(g, p, q, state)
     bad = np.flatnonzero(np.isnan(report.error_before))
     if len(bad):
         raise NonFiniteError(
-            f"A fit was asked for on {len(batch[0])} gradients; number {', '.join(map(str, bad))} "
-            "holds a NaN or an infinity. Leave out the batches that produced it."
+            f"A fit was asked for on {len(g) if g.ndim == 3 else 1} gradients; number "
+            f"{', '.join(map(str, bad))} holds a NaN or an infinity. Leave out the batches that "
+            "produced it."
         )
-    result = (new_p, new_q, report)
-    return result if g.ndim == 3 else jax.tree.map(lambda leaf: leaf[0], result)
+    return new_p, new_q, report
+
+
+def fit_programs(g: Any, p: Any, q: Any) -> Iterator[jax.stages.Lowered]:
+    """The programs of a fit, lowered for arrays or shapes `g`, `p` and `q`."""
+    state = jax.eval_shape(_start, g, p, q)
+    yield _start.lower(g, p, q)
+    yield _advance.lower(g, p, q, state, DEFAULT_FIT.numbers(), 1)
+    yield _finish.lower(g, p, q, state)
+
+
+# One matrix is not made a batch of one: outside of a program that would copy it.
+def _each(function: Callable[..., Any], g: jax.Array, *rest: Any) -> Any:
+    if g.ndim == 2:
+        return function(g, *rest)
+    return jax.lax.map(lambda x: function(*x), (g, *rest))
 
 
 @jax.jit
 def _start(g: Any, p: Any, q: Any) -> FitState:
-    return jax.lax.map(lambda x: start(*x), (g, p, q))
+    return _each(start, g, p, q)
 
 
 @jax.jit
 def _advance(g: Any, p: Any, q: Any, state: Any, numbers: FitNumbers, limit: Any) -> FitState:
-    return jax.lax.map(lambda x: advance(x[0], x[1], x[2], x[3], numbers, limit), (g, p, q, state))
+    return _each(lambda *x: advance(x[0], x[1], x[2], x[3], numbers, limit), g, p, q, state)
 
 
 @jax.jit
 def _finish(g: Any, p: Any, q: Any, state: Any) -> Any:
-    return jax.lax.map(lambda x: finish(*x), (g, p, q, state))
+    return _each(finish, g, p, q, state)
 
 
 def _check(g: jax.Array, p: SparseProjector | None, q: SparseProjector | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from emloc_jax.errors import ConfigError
+from emloc_jax.errors import ConfigError, ResumeError
 from emloc_jax.kernels import KernelSpec, select
 from emloc_jax.offload._adam import AdamOptions
 from emloc_jax.offload._fit_options import DEFAULT_FIT, FitOptions
@@ -101,6 +101,8 @@ def lsp_adamw(
         boxed parameters, or `dense` rules with gaps.
       ProjectorError: a projector that cannot exist for its kernel, at once and by path.
       UnmatchedRuleError: an expression matches nothing.
+      ResumeError: at `update`, a state of other kernels or subspace sizes. A restored state with
+        other projectors of the same sizes is for `check_same_projectors` to find.
 
     Example:
       >>> import jax
@@ -133,7 +135,7 @@ def lsp_adamw(
         law=law,
         given=projectors,
     )
-    subspace_sizes(kernels, where=where, subspace=subspace, nnz=nnz, given=projectors)
+    sizes = subspace_sizes(kernels, where=where, subspace=subspace, nnz=nnz, given=projectors)
 
     def settings(mask: Any) -> LspSettings:
         return LspSettings(
@@ -163,12 +165,25 @@ def lsp_adamw(
         **extra_args: Any,
     ) -> tuple[Any, LspState]:
         del extra_args
+        _check_sizes(state, sizes)
         mask = decay_mask(params) if callable(decay_mask) else decay_mask
         return lsp_step(
             updates, state, params, settings(mask), refit_gradients=refit_gradients, refit=refit
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _check_sizes(state: LspState, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuses, while tracing, a state that was made with other options."""
+    found = {path: tuple(moments.mu.shape[-2:]) for path, moments in state.moments.items()}
+    for path in found.keys() | sizes.keys():
+        if found.get(path) != sizes.get(path):
+            raise ResumeError(
+                f"Kernel '{path}' is to be trained in a subspace of sizes {sizes.get(path)}, but "
+                f"the state has {found.get(path)}: it was made with other options. Go on with "
+                "those, or begin with a state of `init`."
+            )
 
 
 def _check(

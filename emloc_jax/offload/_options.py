@@ -35,13 +35,16 @@ class PipelineOptions:
       nnz: non-zeros per row of the projectors.
       fit: how projectors are learnt; its threshold also decides when they are.
       refit_every: steps between two checks of the projectors.
-      product: 'sparse' gathers, or 'dense' products with a cached copy of each projector.
+      product: 'sparse' gathers, 'dense' products with a cached copy of each projector, or 'auto':
+        the faster of the two for each size, measured at set-up (see `faster_products`). A saved
+        state keeps the choice, since the two round differently.
       wire: 'float32' or 'bfloat16' on the link, both ways.
       rounding: how updates of bf16 parameters are rounded, see `apply_update`.
       seed: of projectors and of stochastic rounding.
-      host_memory: bytes that Adam's moments may take on the host; None: the machine's memory.
-      projectors: from block index and kernel to the pair to start from (None on a side leaves it
-        whole), instead of random ones of `subspace` and `nnz`. It is checked like any other.
+      host_memory: bytes that Adam's moments may take on the host; None: what is free there.
+      projectors: a pure function from block index and kernel to the pair to start from (None on a
+        side leaves it whole), instead of random ones of `subspace` and `nnz`. It is checked like
+        any other.
     """
 
     learning_rate: float | Callable[[int], Any] = 1e-4
@@ -53,7 +56,7 @@ class PipelineOptions:
     nnz: int = 4
     fit: FitOptions = FitOptions()
     refit_every: int = 1000
-    product: Literal["sparse", "dense"] = "sparse"
+    product: Literal["sparse", "dense", "auto"] = "sparse"
     wire: Literal["float32", "bfloat16"] = "float32"
     rounding: Rounding = "nearest"
     seed: int = 0
@@ -70,10 +73,11 @@ class PipelineOptions:
                 f"accumulation is {self.accumulation}, refit_every {self.refit_every} and clip "
                 f"{self.clip}; the first two must be at least 1, clip positive or None."
             )
-        if self.product not in ("sparse", "dense") or self.wire not in ("float32", "bfloat16"):
+        products, wires = ("sparse", "dense", "auto"), ("float32", "bfloat16")
+        if self.product not in products or self.wire not in wires:
             raise ConfigError(
-                f"product is '{self.product}' and wire '{self.wire}'; the first is 'sparse' or "
-                "'dense', the second 'float32' or 'bfloat16'."
+                f"product is '{self.product}' and wire '{self.wire}'; the first is one of "
+                f"{', '.join(products)}, the second of {', '.join(wires)}."
             )
 
     def rate(self, step: int) -> float:

@@ -19,8 +19,7 @@ class Schedule:
         forward waits for it; otherwise all updates wait for the end of the backward pass, and the
         next forward for all of them.
       delayed: updates are applied one step late, after the forward and backward pass that follow
-        (those of leaves that stay on the device at once). A baseline: saving or evaluating applies
-        what is pending, and so changes the run.
+        (those of leaves that stay on the device at once).
     """
 
     name: str

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,19 @@ from emloc_jax.offload._link import Link, tree_bytes
 from emloc_jax.offload._schedules import Schedule
 from emloc_jax.offload._timeline import Timeline
 
-__all__ = ["Lanes", "StepFlow"]
+__all__ = ["Held", "Lanes", "StepFlow"]
+
+
+class Held(NamedTuple):
+    """An update of a delayed schedule that has arrived and is to be applied later.
+
+    Attributes:
+      update: what has arrived, on the device.
+      apply: takes it when its time has come.
+    """
+
+    update: Any
+    apply: Callable[[Any], None]
 
 
 class Lanes:
@@ -103,7 +115,7 @@ class StepFlow:
 
         Returns:
           A future that is done once the update is on the device and nothing of this step is left
-          to do but, with a delayed schedule, what it holds: a function that calls `on_return`.
+          to do but, with a delayed schedule, what it holds: a `Held` update.
         """
         done: Future = Future()
         self._done[block] = done
@@ -171,7 +183,7 @@ class StepFlow:
 
         def arrived(update: Any) -> None:
             if self._schedule.delayed:
-                done.set_result(lambda: on_return(update))
+                done.set_result(Held(update, on_return))
                 return
             on_return(update)
             done.set_result(None)

@@ -18,7 +18,7 @@ from emloc_jax.offload._options import PipelineOptions
 from emloc_jax.offload._outer_programs import OuterPrograms
 from emloc_jax.offload._transport import transport
 
-__all__ = ["PairReport", "RefitReport", "stream_refit"]
+__all__ = ["PairReport", "RefitReport", "pair_error", "stream_refit"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def stream_refit(
         for walk in passes:
             inputs, context, dx = walk
             walk[2], own = slot.passes.full_gradients(slot.params, inputs.pop(), context, dx)
-            sums = jax.tree.map(jnp.add, sums, own) if sums else own
+            sums = _add(sums, own) if sums else own
             del own
         reports += _refit_block(slot, sums, step, options)
     return RefitReport(step, tuple(reports))
@@ -127,7 +127,7 @@ def _refit_block(
     reports = []
     for path in list(slot.pairs):
         gradient, old = gradients.pop(path), slot.pairs[path]
-        before = float(_error(gradient, *old))
+        before = float(pair_error(gradient, *old))
         if np.isnan(before):
             raise NonFiniteError(
                 f"The calibration gradient of '{path}' in block {slot.index} is not finite before "
@@ -161,7 +161,12 @@ def _refit_block(
     return reports
 
 
-_error = jax.jit(estimation_error)
+pair_error = jax.jit(estimation_error)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums: Any, own: Any) -> Any:
+    return jax.tree.map(jnp.add, sums, own)
 
 
 def _transported(moments: Any, old: Any, new: Any) -> Any:

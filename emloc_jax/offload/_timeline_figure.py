@@ -26,26 +26,28 @@ def draw_timeline(
     path: str | os.PathLike,
     *,
     steps: Sequence[int] | None = None,
+    seconds: float | None = None,
     title: str = "",
     overwrite: bool = False,
 ) -> None:
     """Draws the lanes as rows of bars, one bar per span, coloured by block.
 
     The picture begins with the first chosen step and ends where the step after the last one
-    begins; all that ran meanwhile is shown, whatever step it belongs to. On the device lane a
-    forward pass is a bar of half height, an update or its application of quarter height, and all
-    other work of full height; what lies outside the blocks is grey. A dashed line marks where a
-    step begins.
+    begins, or after so many seconds; all that ran meanwhile is shown, whatever step it belongs to.
+    On the device lane a forward pass is a bar of half height, an update or its application of
+    quarter height, and all other work of full height; what lies outside the blocks is grey. A
+    dashed line marks where a step begins.
 
     Args:
       timeline: what to draw.
       path: of the PNG.
       steps: the steps to draw, in a row; all by default. One or two can be read.
+      seconds: length of the picture, so that several can be compared.
       title: above the picture.
       overwrite: replace an existing file.
 
     Raises:
-      ConfigError: matplotlib is missing.
+      ConfigError: matplotlib is missing, or `seconds` is not positive.
       DataError: the device did nothing in these steps.
       OutputExistsError: `path` exists and `overwrite` is false.
     """
@@ -59,6 +61,10 @@ def draw_timeline(
         ) from error
     check_new(path, overwrite)
     zero, end, begins = _window(timeline.spans, steps)
+    if seconds is not None:
+        if not seconds > 0:
+            raise ConfigError(f"A picture of {seconds} seconds was asked for; give more than 0.")
+        end = zero + seconds
     spans = [s for s in timeline.spans if s.end > zero and s.start < end]
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -84,7 +90,7 @@ def draw_timeline(
             # A line around a bar narrower than itself would hide it.
             linewidth=[0.3 if width > 0.003 * (end - zero) else 0.0 for width in widths],
         )
-    for begin in begins[1:]:
+    for begin in (b for b in begins if zero < b < end):
         axes.axvline((begin - zero) * per_second, color="0.3", linewidth=0.8, linestyle="--")
     axes.set_yticks(np.arange(len(LANES)), [_ROWS[lane] for lane in LANES])
     axes.set_ylim(len(LANES) - 0.5, -0.5)
@@ -117,7 +123,7 @@ def _height(span: Span) -> float:
 
 
 def _window(spans: Sequence[Span], steps: Sequence[int] | None) -> tuple[float, float, list[float]]:
-    """Start and end of the picture, and where its steps begin."""
+    """Start and end of the chosen steps, and where they and later ones begin."""
     begins: dict[int, float] = {}
     for span in spans:
         if span.lane == "device":
@@ -127,7 +133,8 @@ def _window(spans: Sequence[Span], steps: Sequence[int] | None) -> tuple[float, 
         wanted = "any step" if steps is None else f"the steps {list(steps)}"
         raise DataError(f"The timeline has no device work of {wanted}. Record it before drawing.")
     later = [begin for begin in begins.values() if begin > chosen[-1]]
-    return chosen[0], min(later, default=max(s.end for s in spans)), chosen
+    end = min(later, default=max(s.end for s in spans))
+    return chosen[0], end, sorted(b for b in begins.values() if b >= chosen[0])
 
 
 def _unit(seconds: float) -> tuple[str, float]:

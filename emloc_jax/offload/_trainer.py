@@ -12,6 +12,7 @@ import numpy as np
 from emloc_jax.errors import ConfigError, DataError
 from emloc_jax.models import BlockStack
 from emloc_jax.offload._adam_update import host_update
+from emloc_jax.offload._batch import Batch, cut, token_inputs, total_weight
 from emloc_jax.offload._block_slot import BlockSlot
 from emloc_jax.offload._lanes import Delay, no_delay
 from emloc_jax.offload._link import DevicePutLink, Link
@@ -19,14 +20,12 @@ from emloc_jax.offload._options import PipelineOptions
 from emloc_jax.offload._outer_programs import HeadLoss, OuterPrograms
 from emloc_jax.offload._schedules import Schedule, schedule_named
 from emloc_jax.offload._setup import set_up
-from emloc_jax.offload._state import PipelineState, read_state, write_state
-from emloc_jax.offload._step_flow import Lanes, StepFlow
+from emloc_jax.offload._state import PipelineState, check_state, read_state, write_state
+from emloc_jax.offload._step_flow import Held, Lanes, StepFlow
 from emloc_jax.offload._stream_refit import RefitReport, stream_refit
 from emloc_jax.offload._timeline import Timeline
 
 __all__ = ["PipelinedTrainer"]
-
-Batch = Mapping[str, Any]
 
 # Programs that may be dispatched and not yet computed. XLA allocates what a program returns when
 # it is dispatched, so running far ahead would hold the gradients of many blocks at once.
@@ -155,7 +154,7 @@ class PipelinedTrainer:
                 losses.append(self._pass(part, 1 / weight, sums, flow, rate, key, last=last))
             norm = flow.finish_backward()
             if self.schedule.delayed:
-                for slot in (self._outer, *self._blocks):
+                for slot in self._slots:
                     slot.ready(behind=1)
         except BaseException as error:
             flow.abort(error)  # so that nobody waits for updates that will not come
@@ -184,7 +183,7 @@ class PipelinedTrainer:
         last: bool,
     ) -> jax.Array:
         """Forward and backward pass of a micro-batch; the last one starts the updates."""
-        behind = 1 if self.schedule.delayed else 0
+        behind = self._behind
 
         def watch(arrays: Any, block: int, name: str) -> None:
             self._pace(self._lanes.watch(arrays, step=flow.step, block=block, name=name))
@@ -222,8 +221,7 @@ class PipelinedTrainer:
         self, slot: BlockSlot, gradients: Any, flow: StepFlow, rate: np.float32, key: jax.Array
     ) -> None:
         """Sends a block's gradients on their way."""
-        key = jax.random.fold_in(key, slot.index + 1)
-        down, up = jax.random.split(key)
+        down, up = slot_keys(key, slot)
 
         def on_device(gradients: Any, scale: float) -> None:
             token = slot.update_on_device(gradients, np.float32(scale), rate, down)
@@ -233,20 +231,25 @@ class PipelinedTrainer:
             update, slot.moments = self._host_update(gradients, slot.moments, rate, scale)
             return update
 
-        def on_return(update: Any) -> None:
-            token = slot.apply(update, up)
-            self._lanes.witness(token, step=flow.step, block=slot.index, name="apply")
-
         slot.pending.append(
             flow.start(
                 slot.index,
                 gradients,
                 on_device=on_device if gradients.device else None,
                 on_host=on_host if gradients.host else None,
-                on_return=on_return,
+                on_return=self._on_return(slot, up, flow.step),
             )
         )
         self._pace(flow.computed(slot.index))
+
+    def _on_return(self, slot: BlockSlot, key: jax.Array, step: int) -> Callable[[Any], None]:
+        """What puts an update of `step` into the parameters."""
+
+        def on_return(update: Any) -> None:
+            token = slot.apply(update, key)
+            self._lanes.witness(token, step=step, block=slot.index, name="apply")
+
+        return on_return
 
     def _pace(self, future: Future) -> None:
         """Waits until no more than a few programs are dispatched and not computed."""
@@ -288,34 +291,56 @@ class PipelinedTrainer:
         self.refits.append(report)
         return report
 
+    @property
+    def _slots(self) -> tuple[BlockSlot, ...]:
+        return (self._outer, *self._blocks)
+
+    @property
+    def _behind(self) -> int:
+        """How many updates of a slot wait for a later step."""
+        return 1 if self.schedule.delayed else 0
+
     def _unchecked(self) -> bool:
         """Whether a pair has seen no gradient but zero, behind a head that began at zero say."""
         return any(path not in slot.errors for slot in self._blocks for path in slot.pairs)
 
     def drain(self) -> None:
-        """Waits until every update that is on its way has been applied."""
-        for slot in (self._outer, *self._blocks):
-            slot.ready()
+        """Waits until every update that is on its way has been applied.
+
+        With a delayed schedule the last one has only arrived: it is applied when its time comes.
+        """
+        for slot in self._slots:
+            slot.ready(behind=self._behind)
+            slot.held()
 
     def params(self) -> Any:
         """The model's parameters with all updates applied. The next step may consume them: copy
         what is to be kept."""
         self.drain()
-        return self.stack.join(self._outer.params, [slot.params for slot in self._blocks])
+        return self.stack.join(self._outer.finished(), [slot.finished() for slot in self._blocks])
 
     def state(self) -> PipelineState:
-        """All that a resumption needs, with all updates applied; consumed by the next step."""
+        """All that a resumption needs, drained; consumed by the next step."""
         self.drain()
-        return read_state(self.steps, self.skipped, self._outer, self._blocks)
+        wire = self.options.wire_dtype if self.schedule.delayed else None
+        return read_state(self.steps, self.skipped, self._outer, self._blocks, held=wire)
 
     def load(self, state: PipelineState) -> None:
         """Goes on from a state of a trainer with the same options.
 
         Raises:
-          ResumeError: its structure, shapes or dtypes are others.
+          ResumeError: its structure, shapes or dtypes are others, or its projectors.
         """
-        self.drain()
+        check_state(state, self.state())
         self.steps, self.skipped = write_state(state, self._outer, self._blocks)
+        for slot, held in zip(self._slots, state.held, strict=False):  # of a delayed schedule
+            slot.pending.clear()
+            if held["waits"]:
+                step = self.steps - 1
+                up = slot_keys(jax.random.fold_in(self._key, step), slot)[1]
+                update = jax.device_put(held["update"], jax.local_devices()[0], may_alias=False)
+                slot.pending.append(Future())
+                slot.pending[0].set_result(Held(update, self._on_return(slot, up, step)))
 
     def close(self) -> None:
         """Drains and ends the lanes' threads."""
@@ -334,29 +359,6 @@ class PipelinedTrainer:
             self._lanes.close()
 
 
-def token_inputs(batch: Batch) -> tuple[Any, ...]:
-    """Tokens, positions and segments of a batch of the language models here."""
-    return batch["tokens"], batch.get("positions"), batch.get("segments")
-
-
-def total_weight(batch: Batch) -> float:
-    """Sum of the batch's `weights`."""
-    return float(np.sum(batch["weights"]))
-
-
-def cut(batch: Batch, parts: int) -> list[Batch]:
-    """The batch in equal parts along its rows.
-
-    Raises:
-      ConfigError: the rows cannot be shared out evenly.
-    """
-    rows = {len(array) for array in jax.tree.leaves(dict(batch))}
-    if len(rows) != 1 or min(rows) % parts:
-        raise ConfigError(
-            f"A batch with {sorted(rows)} rows cannot be cut into {parts} equal micro-batches."
-        )
-    size = min(rows) // parts
-    return [
-        jax.tree.map(lambda array, i=i: array[i * size : (i + 1) * size], dict(batch))
-        for i in range(parts)
-    ]
+def slot_keys(key: jax.Array, slot: BlockSlot) -> jax.Array:
+    """The keys of a slot's rounding in a step: of what stays on the device, of what comes back."""
+    return jax.random.split(jax.random.fold_in(key, slot.index + 1))

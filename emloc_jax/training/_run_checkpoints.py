@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emloc_jax.errors import CheckpointError, ResumeError
+from emloc_jax.offload import check_same_projectors
 from emloc_jax.training._state import TrainState
 
 __all__ = ["RunCheckpoints"]
@@ -69,7 +70,8 @@ class RunCheckpoints:
         """State and data position of `step`, the state in the template's structure and placement.
 
         Raises:
-            ResumeError: the checkpoint is damaged, or made for another structure.
+            ResumeError: the checkpoint is damaged, or made for another structure or with other
+                projectors.
         """
         raw = _raw_key(template)
         run = self._run(step)
@@ -90,6 +92,7 @@ class RunCheckpoints:
                 f"{self._folder}: checkpoint {step} is damaged ({_short(error)}); delete that "
                 "step's folder to resume from the one before."
             ) from error
+        check_same_projectors(restored, raw)
         key = jax.random.wrap_key_data(restored.rng, impl=jax.random.key_impl(template.rng))
         return dataclasses.replace(restored, rng=key), run["data"]
 

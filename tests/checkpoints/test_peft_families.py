@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from emloc_jax.adapters import attach
 from emloc_jax.checkpoints import load_adapter, load_pretrained, save_adapter
@@ -72,6 +73,26 @@ def test_an_adapter_made_in_torch_for_conv1d(tmp_path):
         f"layers/{i}/{name}/kernel" for i in range(2) for name in ("attn/c_attn", "mlp/c_fc")
     }
     np.testing.assert_allclose(our_logits(base, adapters), torch_logits(model), rtol=0, atol=2e-4)
+
+
+def test_copies_of_a_base_that_names_its_tensors_without_a_prefix(tmp_path):
+    """PEFT stores embeddings on request, by the names of its class."""
+    torch_model("gpt2-untied").save_pretrained(tmp_path / "base")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    model = peft.get_peft_model(model, options).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.transformer.wte.weight" in stored
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = {key.removeprefix("transformer."): t for key, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    base = load_pretrained(tmp_path / "base")
+    assert len(load_adapter(tmp_path / "adapter", base)) == 2
+    tensors["wte.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(AdapterMismatchError, match="not a LoRA factor"):
+        load_adapter(tmp_path / "adapter", load_pretrained(tmp_path / "base"))
 
 
 def test_the_option_of_conv1d_is_refused_elsewhere(tmp_path):

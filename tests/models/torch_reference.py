@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import transformers
 
-from emloc_jax.models import DecoderConfig, hf_tensor_names
+from emloc_jax.models import DecoderConfig
+from tests.models.torch_tree import tree_of
 
 SIZES = dict(
     vocab_size=61,
@@ -77,18 +78,7 @@ def our_config(variant):
 
 @functools.cache
 def our_params(variant):
-    """The torch weights as an unrolled tree of float32 NumPy arrays."""
-    state = torch_model(variant).state_dict()
-    params = {}
-    for path, tensor in hf_tensor_names(our_config(variant)).items():
-        array = state[tensor.name].numpy().astype(np.float32)
-        assert array.shape == tensor.shape, path
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array.T if tensor.transpose else array
-    return params
+    return tree_of(torch_model(variant), our_config(variant))
 
 
 def torch_logits(variant, tokens, attention_mask=None, position_ids=None):

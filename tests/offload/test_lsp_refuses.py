@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from emloc_jax.errors import ConfigError, ProjectorError, UnmatchedRuleError
+from emloc_jax.errors import ConfigError, ProjectorError, ResumeError, UnmatchedRuleError
 from emloc_jax.kernels import LoraKernel, identity_projector, make_projector
+from emloc_jax.offload import check_same_projectors
 from emloc_jax.offload._fit_options import FitOptions
 from emloc_jax.offload._pairs import make_pairs, subspace_sizes
 from tests.offload.lsp_case import KERNELS, compressing, identities, random_tree, tree
@@ -70,6 +71,21 @@ def test_at_update():
     masked = compressing(decay_mask={"bias": False}, weight_decay=0.1)
     with pytest.raises(ConfigError, match="differ at 'layers/up/kernel'"):
         masked.update(params, state, params)
+
+
+def test_a_state_of_other_projectors():
+    params = random_tree(0)
+    state = compressing().init(params)
+    with pytest.raises(ResumeError, match=rf"'{UP}' .*\(3, 2\), but the state has \(6, 5\)"):
+        jax.jit(compressing(subspace=0.25, nnz=1).update)(params, state, params)
+    with pytest.raises(ResumeError, match=f"'{MIX}' .* None, but"):
+        compressing(where=UP).update(params, state, params)
+    check_same_projectors(jax.tree.map(np.array, state), compressing().init(params))
+    for other in ({"seed": 1}, {"nnz": 3}):
+        with pytest.raises(ResumeError, match="other projectors than this run: 4 of 4"):
+            check_same_projectors(state, compressing(**other).init(params))
+    with pytest.raises(ResumeError, match="2 of 4"):
+        check_same_projectors(state, compressing(where="mix").init(params))
 
 
 def test_frozen_parameters_do_not_move_and_hold_no_moments():

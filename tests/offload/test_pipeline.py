@@ -1,7 +1,6 @@
 """The pipelined trainer against Optax on the whole model, and against itself in one thread."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -180,26 +179,3 @@ def test_delayed_updates_are_one_step_late():
         waiting = updates
     weights = optax.apply_updates(weights, waiting)
     assert_close(trained, jax.tree.map(np.array, weights), 2e-5)
-
-
-@pytest.mark.parametrize("rounding", ["stochastic", pytest.param("kahan", marks=pytest.mark.slow)])
-def test_state_and_load_go_on_bit_for_bit(rounding):
-    model, params = tiny_model(dtype=jnp.bfloat16)
-    options = PipelineOptions(
-        learning_rate=1e-3,
-        train=MIXED,
-        subspace=0.5,
-        nnz=2,
-        fit=FitOptions(steps=5, threshold=0.05),
-        refit_every=4,
-        rounding=rounding,
-    )
-    whole, _ = train(make_trainer(model, params, schedule="lsp", options=options), 9)
-    with make_trainer(model, params, schedule="lsp", options=options) as first:
-        for step in range(5):
-            first.step(batch_of(step))
-        saved = jax.tree.map(np.array, first.state())
-    second = make_trainer(model, params, schedule="lsp", options=options)
-    second.load(saved)
-    resumed, _ = train(second, 4, first=5)
-    assert_same_bits(resumed, whole)

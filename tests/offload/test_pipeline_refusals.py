@@ -18,7 +18,13 @@ from emloc_jax.errors import (
     UnmatchedRuleError,
     UnsupportedKernelError,
 )
-from emloc_jax.offload import FitOptions, PipelinedTrainer, PipelineOptions
+from emloc_jax.offload import (
+    FitOptions,
+    PipelinedTrainer,
+    PipelineOptions,
+    _fresh_pairs,
+    _host_memory,
+)
 from tests.offload.pipeline_model import batch_of, head_loss, make_stack, tiny_model
 
 MODEL, PARAMS = tiny_model()
@@ -115,10 +121,36 @@ def test_a_batch_without_weight_and_one_that_cannot_be_cut():
         trainer.step(batch_of(0, rows=3) | {"weights": np.zeros((3, 6), np.float32)})
 
 
-def test_a_state_of_other_projectors_is_refused():
-    state = make(subspace=0.25).state()
-    with pytest.raises(ResumeError, match="other options"):
-        make().load(state)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"subspace": 0.25}, "other options"),
+        ({"nnz": 3}, "other options"),
+        ({"seed": 1}, "other projectors .* 4 of 4 .*mlp/down_proj"),  # of equal shapes
+    ],
+)
+def test_a_state_of_other_projectors_is_refused(options, words):
+    trainer = make()
+    before = jax.tree.map(np.array, trainer.state())
+    with pytest.raises(ResumeError, match=words):
+        trainer.load(make(**options).state())
+    jax.tree.map(np.testing.assert_array_equal, trainer.state(), before)
+
+
+def test_host_memory_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    def draw(*args, **kwargs):
+        raise AssertionError("projectors were drawn")
+
+    monkeypatch.setattr(_fresh_pairs, "make_pairs", draw)
+    said = tmp_path / "meminfo"
+    said.write_text("MemTotal: 9999999 kB\nMemAvailable:       1 kB\n")
+    monkeypatch.setattr(_host_memory, "_MEMINFO", said)
+    with pytest.raises(PlanError, match="1.54e-06 GB on the host, and 1.02e-06 GB is free there"):
+        make()  # two kernels with cores of (12, 8), two moments of fp32
+    with pytest.raises(PlanError, match="host_memory"):
+        make(host_memory=1535)
+    with pytest.raises(AssertionError, match="drawn"):
+        make(host_memory=1536)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

@@ -139,6 +139,22 @@ def test_figure_is_a_png(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_figure_of_a_given_length(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    limits, original = [], Axes.set_xlim
+
+    def spy(self, *args, **kwargs):
+        limits.append(args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "set_xlim", spy)
+    draw_timeline(two_steps(), tmp_path / "short.png", steps=[0], seconds=5.0)
+    assert (0, 5000.0) in limits  # milliseconds
+    with pytest.raises(ConfigError, match="more than 0"):
+        draw_timeline(two_steps(), tmp_path / "none.png", seconds=0.0)
+
+
 def test_figure_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ConfigError, match="pip install"):

@@ -1,0 +1,20 @@
+"""The weights of a torch model in our tree, for every family."""
+
+import numpy as np
+
+from emloc_jax.models import hf_tensor_names
+
+
+def tree_of(model, config):
+    """Torch weights as an unrolled tree of float32 NumPy arrays."""
+    state = model.state_dict()
+    params = {}
+    for path, tensor in hf_tensor_names(config).items():
+        array = state[tensor.name].numpy().astype(np.float32)
+        assert array.shape == tensor.shape, path
+        *parents, leaf = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array.T if tensor.transpose else array
+    return params
