@@ -13,8 +13,9 @@ every parameter: LSP and GaLore differ in what they do with the kernels of the b
 the rest (embeddings, norms, head) as full Adam does. Each method's learning rate is looked for on
 the same grid with seed 0, on development rows cut from the training file: from a first guess to
 the better neighbour until none is better. Then all seeds are trained with it. Losses and times are
-those of single steps, not smoothed; time includes the fitting of projectors and the singular
-value decompositions of GaLore, but no compilation and no evaluation.
+those of single steps, not smoothed. Time is CPU time, so that other work on the machine does not
+count; it includes the fitting of projectors and GaLore's singular value decompositions, but no
+compilation and no evaluation.
 """
 
 import argparse
@@ -344,9 +345,9 @@ class Method:
             jitted = jax.jit(getattr(self, function), donate_argnums=(0, 1))
             self.compiled[function] = jitted.lower(*args).compile()
             print(f"{self.name}: {function} compiled in {time.perf_counter() - began:.0f} s")
-        began = time.perf_counter()
+        began = time.process_time()
         result = jax.block_until_ready(self.compiled[function](*args))
-        return result, time.perf_counter() - began
+        return result, time.process_time() - began
 
     def train(self, rate, seed, evaluate, evaluations):
         """One run; a record of losses, seconds and scores."""

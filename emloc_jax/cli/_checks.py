@@ -17,8 +17,9 @@ from emloc_jax.cli._options import (
 )
 from emloc_jax.cli._session import Session
 from emloc_jax.cli._sizes import parse_bytes
+from emloc_jax.cli._task import Task
 from emloc_jax.emulator import rank_for_energy, rank_for_ratio
-from emloc_jax.errors import ConfigError
+from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.kernels import match_rules, select
 from emloc_jax.training import make_optimizer, make_schedule, make_train_step, score_named
 
@@ -27,12 +28,26 @@ __all__ = [
     "check_data",
     "check_emulation",
     "check_emulator_options",
+    "check_method",
     "check_scores",
     "check_training",
     "compressed_paths",
     "new_adapters",
     "parse_limit",
 ]
+
+
+def check_method(method: str, task: Task | None) -> None:
+    """Refuses methods that cannot train a classifier.
+
+    Raises:
+      UnsupportedArchitectureError: the rows have labels, and the method needs an adapter.
+    """
+    if task is not None and method not in ("full", "lsp"):
+        raise UnsupportedArchitectureError(
+            f"method={method} was asked for on rows with labels; adapters on encoders with a "
+            "classification head are not supported yet. Use method=full or method=lsp."
+        )
 
 
 def compressed_paths(session: Session, options: EmulatorOptions) -> list[str]:
@@ -139,21 +154,23 @@ def check_data(
         if config.train.evaluate_every is not None:
             raise ConfigError("train.evaluate_every needs test rows: give data.test.")
         return
-    evaluation_batches(test.examples, config.data, batch_size=config.eval.batch_size)
-    if config.eval.scores:
+    evaluation_batches(test, config.data, batch_size=config.eval.batch_size)
+    if session.task is None and config.eval.of_answers():
         read = prompt_reader(session, config.data, config.eval.max_new_tokens)
         for row in test.rows:
             read(row)
 
 
-def check_scores(options: ScoreOptions) -> None:
+def check_scores(options: ScoreOptions, task: Task | None = None) -> None:
     """Refuses an unknown score before any long work.
 
     Raises:
-      ConfigError: a score that nobody registered, or an impossible size.
+      ConfigError: a score that nobody registered (a classifier's are checked with its head), or
+        an impossible size.
     """
-    for name in options.scores:
-        score_named(name)
+    if task is None:
+        for name in options.of_answers():
+            score_named(name)
     for name in ("rows", "batch_size", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:

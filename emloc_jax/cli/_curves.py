@@ -28,7 +28,7 @@ def draw_curves(folder: Path) -> None:
                 *zip(*points, strict=True), label=label, marker="o" if len(points) < 9 else None
             )
     axes.set_xlabel("step")
-    axes.set_ylabel("mean loss per learnt token")
+    axes.set_ylabel("mean loss per learnt token, or per row")
     axes.grid(alpha=0.3)
     axes.legend()
     with new_file(folder / "curves.png", overwrite=True) as partial:

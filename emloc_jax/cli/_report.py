@@ -17,8 +17,8 @@ class StageRow:
     Attributes:
       name: what it is.
       parameters: parameters that it holds, adapters included.
-      loss: mean over the test's learnt tokens, or None without a test set.
-      scores: of generated answers.
+      loss: mean over the test's learnt tokens (for a classifier: rows); None without a test set.
+      scores: of generated answers, or a classifier's metrics.
     """
 
     name: str
@@ -32,7 +32,7 @@ class RunReport:
     """What a run did.
 
     Attributes:
-      method: emloc, lora or full.
+      method: emloc, lora, full or lsp; eval.
       stages: evaluated models.
       facts: measured figures by name; bytes end in `_bytes`, times in `_seconds`.
     """

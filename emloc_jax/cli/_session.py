@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.adapters import Adapter, attach
-from emloc_jax.checkpoints import Pretrained, load_pretrained, smollm2_path
+from emloc_jax.checkpoints import Pretrained, load_pretrained, minilm_path, smollm2_path
 from emloc_jax.cli._console import status
 from emloc_jax.cli._options import ModelOptions
-from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
+from emloc_jax.cli._task import Task, fit_task, named_head
+from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import KernelSpec, find_kernels, intercept
-from emloc_jax.models import EncoderConfig, generate
-from emloc_jax.training import Loss, make_loss
+from emloc_jax.models import generate
+from emloc_jax.training import Loss, make_label_logits, make_label_loss, make_loss
 
-__all__ = ["Session", "byte_size", "open_session", "parameter_count"]
+__all__ = ["Session", "byte_size", "open_session", "packaged", "parameter_count"]
+
+_PACKAGED = {"smollm2": smollm2_path, "minilm": minilm_path}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +33,16 @@ class Session:
       apply: intercepted `base.model.apply`.
       loss: `loss(params, batch) -> (sum, weight)`.
       kernels: what `find_kernels` found.
+      task: what a classifier tells apart; None for a language model.
+      logits: `logits(params, batch) -> (B, outputs)` of a classifier.
     """
 
     base: Pretrained
     apply: Callable[..., Any]
     loss: Loss
     kernels: dict[str, KernelSpec]
+    task: Task | None = None
+    logits: Callable[..., Any] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -80,29 +87,53 @@ class Session:
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
+    def infer(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+        """What running the model computes: logits of a row, or of the next token of each row."""
+        if self.logits is not None:
+            return self.logits(params, batch)
+        hidden = self.apply({"params": params}, batch["tokens"], method="hidden")
+        return self.apply({"params": params}, hidden[:, -1], method="logits")
+
     def with_adapters(self, params: Any, adapters: dict[str, Adapter] | None) -> Any:
         """`params`, with `adapters` attached if there are any."""
         return params if adapters is None else attach(params, adapters)
 
 
-def open_session(options: ModelOptions, *, chunk: int = 256, on_device: bool = True) -> Session:
-    """Loads the original model, onto the device unless told otherwise."""
-    source = str(smollm2_path()) if options.source == "smollm2" else options.source
+def open_session(
+    options: ModelOptions,
+    *,
+    chunk: int = 256,
+    on_device: bool = True,
+    task: Task | None = None,
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Session:
+    """Loads the original model, onto the device unless told otherwise.
+
+    Args:
+      options: which model, and how it computes.
+      chunk: tokens whose logits live at once.
+      on_device: put the parameters there.
+      task: what a classifier is to tell apart; None: a language model is wanted.
+      fresh_head: make a classification head where there is none.
+      seed: of that head.
+
+    Raises:
+      EmlocError: see `fit_task` and `load_pretrained`.
+    """
     load = functools.partial(
         load_pretrained,
-        source,
+        packaged(options.source),
         dtype=options.dtype,
         compute_dtype=jnp.dtype(options.compute_dtype),
         scan_layers=options.scan_layers,
         remat=options.remat,
     )
     with status(f"Loading {options.source}"):
-        config = load(abstract=True, tokenizer=False).config
-        if isinstance(config, EncoderConfig):
-            raise UnsupportedArchitectureError(
-                f"{options.source} is a {config.model_type} encoder; this command trains and runs "
-                "causal language models. Use one, or the functions from Python."
-            )
+        found = load(abstract=True, tokenizer=False)
+        task = fit_task(task, found, fresh_head=fresh_head)
+        if task is not None:
+            load = functools.partial(load, num_labels=task.outputs, seed=seed)
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             base = load()
         if on_device:  # once; every stage then shares these buffers
@@ -111,7 +142,20 @@ def open_session(options: ModelOptions, *, chunk: int = 256, on_device: bool = T
     apply = intercept(base.model.apply)
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     kernels = find_kernels(base.model.apply, base.params, tokens)
-    return Session(base, apply, make_loss(apply, chunk=chunk), kernels)
+    if task is None:
+        return Session(base, apply, make_loss(apply, chunk=chunk), kernels)
+    logits = make_label_logits(apply)
+    base = named_head(base, task)
+    return Session(base, apply, make_label_loss(logits), kernels, task, logits)
+
+
+def packaged(source: str) -> str:
+    """Where a model lies that a Python package carries; any other source as it is.
+
+    Raises:
+      CheckpointError: the package is not installed.
+    """
+    return str(_PACKAGED[source]()) if source in _PACKAGED else source
 
 
 def parameter_count(tree: Any) -> int:

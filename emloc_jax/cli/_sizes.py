@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from emloc_jax.errors import ConfigError
 
@@ -63,12 +62,6 @@ def step_memory(step: Any, state: Any, frozen: Any, batch: Any) -> int:
     return peak(step.lower(state, frozen, batch).compile())
 
 
-def inference_memory(apply: Any, params: Any, batch: Any) -> int:
-    """Peak bytes of a forward pass up to the last token's logits, at the batch's shape."""
-
-    def last_logits(params: Any, tokens: jax.Array) -> jax.Array:
-        hidden = apply({"params": params}, tokens, method="hidden")
-        return apply({"params": params}, hidden[:, -1], method="logits")
-
-    tokens = np.asarray(batch["tokens"])
-    return peak(jax.jit(last_logits).lower(params, tokens).compile())
+def inference_memory(forward: Any, params: Any, batch: Any) -> int:
+    """Peak bytes of `forward(params, batch)`, at the batch's shape."""
+    return peak(jax.jit(forward).lower(params, batch).compile())

@@ -1,7 +1,7 @@
 """The stages of a run as functions of a session: emulate, train, correct, score."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ from emloc_jax.emulator import (
 )
 from emloc_jax.training import (
     GenerationReport,
+    LabelReport,
+    Row,
     TrainResult,
     evaluate_generation,
+    evaluate_labels,
     evaluate_loss,
     init_state,
     make_optimizer,
@@ -47,6 +50,7 @@ __all__ = [
     "calibrate_session",
     "correct_session",
     "emulate",
+    "evaluation_figures",
     "input_moments",
     "score",
     "train_on",
@@ -266,12 +270,14 @@ def score(
     data_options: DataOptions,
     name: str,
 ) -> Scores:
-    """Evaluates `params` by loss, and by generation unless `options.scores` is empty."""
-    batches = evaluation_batches(data.examples, data_options, batch_size=options.batch_size)
-    loss = evaluate_loss(
-        session.loss, params, track(batches, f"Loss of {name}", total=len(batches))
-    ).loss
-    if not options.scores:
+    """Evaluates `params` by loss, and by generated answers or a classifier's metrics."""
+    batches = evaluation_batches(data, data_options, batch_size=options.batch_size)
+    tracked = track(batches, f"Loss of {name}", total=len(batches))
+    if session.task is not None:
+        labels = label_report(session, params, tracked)
+        return Scores(labels.loss, labels.scores, None)
+    loss = evaluate_loss(session.loss, params, tracked).loss
+    if not options.of_answers():
         return Scores(loss, {}, None)
     with tick(f"Answers of {name}", len(data.rows)) as move:
         report = evaluate_generation(
@@ -281,13 +287,27 @@ def score(
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
             ),
-            data.rows,
-            scores=options.scores,
+            [row for row in data.rows if isinstance(row, Row)],
+            scores=options.of_answers(),
             prompt=prompt_reader(session, data_options, options.max_new_tokens),
             batch_size=options.batch_size,
             on_batch=move,
         )
     return Scores(loss, report.scores, report)
+
+
+def label_report(session: Session, params: Any, batches: Iterable[Any]) -> LabelReport:
+    """Loss and metrics of a classifier."""
+    assert session.task is not None and session.logits is not None
+    return evaluate_labels(session.logits, params, batches, metrics=session.task.metrics)
+
+
+def evaluation_figures(session: Session, params: Any, batches: Iterable[Any]) -> dict[str, float]:
+    """What an evaluation during training records: the loss on the test rows, and metrics."""
+    if session.task is None:
+        return {"test_loss": evaluate_loss(session.loss, params, batches).loss}
+    report = label_report(session, params, batches)
+    return {"test_loss": report.loss} | {f"test_{k}": v for k, v in report.scores.items()}
 
 
 def attach_for_training(lora: LoraOptions) -> Callable[[Any, Any, jax.Array | None], Any]:

@@ -25,7 +25,7 @@ from emloc_jax.cli._checks import (
     check_scores,
 )
 from emloc_jax.cli._console import console, results, say, status
-from emloc_jax.cli._data import calibration_batches, load_rows
+from emloc_jax.cli._data import calibration_batches, encode, load_rows
 from emloc_jax.cli._options import (
     CorrectConfig,
     EmulateConfig,
@@ -35,6 +35,7 @@ from emloc_jax.cli._options import (
     MergeConfig,
 )
 from emloc_jax.cli._report import RunReport, StageRow
+from emloc_jax.cli._rows import read_source
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import Session, open_session, parameter_count
 from emloc_jax.cli._stages import (
@@ -45,7 +46,8 @@ from emloc_jax.cli._stages import (
     score,
     write_emulator,
 )
-from emloc_jax.errors import ConfigError
+from emloc_jax.cli._task import task_of
+from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.training import Row, prompt_tokens
 
 __all__ = ["run_correct", "run_emulate", "run_eval", "run_export", "run_generate", "run_merge"]
@@ -156,14 +158,21 @@ def run_export(config: ExportConfig) -> None:
 
 def run_eval(config: EvalConfig) -> None:
     """Loss and scores on the rows of `data.test` (or `data.train` if there is no test)."""
-    check_scores(config.eval)
     if config.output is not None:
         check_new(config.output)
-    session = open_session(config.model)
     source = config.data.test or config.data.train
     if source is None:
         raise ConfigError("There are no rows to evaluate on: give data.test.")
-    data = load_rows(session, source, config.data, first=config.eval.rows)
+    rows = read_source(source, config.data, first=config.eval.rows)
+    task = task_of(rows, config.data, config.eval)
+    check_scores(config.eval, task)
+    if task is not None and (config.adapter or config.emulator):
+        raise UnsupportedArchitectureError(
+            "An adapter or emulator was given with rows that have labels; a classifier is "
+            "evaluated as it is saved. Leave it out."
+        )
+    session = open_session(config.model, task=task)
+    data = encode(session, rows, config.data)
     params = _params(session, config.emulator, config.adapter)
     name = " + ".join(
         ["emulator" if config.emulator else "original", *(["adapter"] if config.adapter else [])]

@@ -2,7 +2,21 @@
 
 from emloc_jax.training._batches import Batches, BatchIterator, packed_batches, padded_batches
 from emloc_jax.training._chat import prompt_text
+from emloc_jax.training._classifier import (
+    LabelReport,
+    evaluate_labels,
+    label_inputs,
+    make_label_head_loss,
+    make_label_logits,
+    make_label_loss,
+)
 from emloc_jax.training._encode import Example, encode_rows, prompt_tokens
+from emloc_jax.training._encode_labelled import (
+    LabelledExample,
+    encode_labelled_rows,
+    label_names,
+    pad_labelled_examples,
+)
 from emloc_jax.training._evaluate import (
     Answer,
     GenerationReport,
@@ -10,7 +24,11 @@ from emloc_jax.training._evaluate import (
     evaluate_generation,
     evaluate_loss,
 )
-from emloc_jax.training._hub_rows import read_hub_rows
+from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_rows
+from emloc_jax.training._hub_rows import hub_records, read_hub_rows
+from emloc_jax.training._instructions import read_instruction_rows
+from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
+from emloc_jax.training._labelled_rows import LabelledRow, classifies, read_labelled_rows
 from emloc_jax.training._loop import TrainResult, train
 from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_head_loss, make_loss
 from emloc_jax.training._metrics_file import read_metrics
@@ -31,12 +49,17 @@ from emloc_jax.training._state import TrainState, init_state
 from emloc_jax.training._step import Combine, TrainStep, make_train_step
 
 __all__ = [
+    "GLUE_TASKS",
     "Answer",
     "BatchIterator",
     "Batches",
     "Combine",
     "Example",
     "GenerationReport",
+    "GlueTask",
+    "LabelReport",
+    "LabelledExample",
+    "LabelledRow",
     "Loss",
     "LossReport",
     "PipelinedStep",
@@ -46,26 +69,42 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainStep",
+    "check_label_metrics",
     "chunked_cross_entropy",
+    "classifies",
     "decays",
+    "encode_labelled_rows",
     "encode_rows",
     "evaluate_generation",
+    "evaluate_labels",
     "evaluate_loss",
     "exact_match",
+    "glue_task",
+    "hub_records",
     "init_state",
     "json_equal",
+    "label_inputs",
+    "label_metrics",
+    "label_names",
     "last_number",
     "make_head_loss",
+    "make_label_head_loss",
+    "make_label_logits",
+    "make_label_loss",
     "make_loss",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
     "packed_batches",
     "pad_examples",
+    "pad_labelled_examples",
     "padded_batches",
     "prompt_text",
     "prompt_tokens",
+    "read_glue_rows",
     "read_hub_rows",
+    "read_instruction_rows",
+    "read_labelled_rows",
     "read_metrics",
     "read_rows",
     "register_score",

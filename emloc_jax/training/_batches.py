@@ -13,7 +13,7 @@ import numpy as np
 from emloc_jax.errors import ConfigError, DataError, ResumeError
 from emloc_jax.training._encode import Example
 from emloc_jax.training._packing import pack
-from emloc_jax.training._padding import BucketBatchIterDataset
+from emloc_jax.training._padding import BucketBatchIterDataset, Pad, Tokenised, pad_examples
 
 __all__ = ["BatchIterator", "Batches", "packed_batches", "padded_batches"]
 
@@ -23,8 +23,9 @@ _ALIGNMENT = 32  # default lengths are rounded up to this, as matrix units like
 class Batches:
     """A stream of batches that can be walked again and again; see `padded_batches`.
 
-    Each batch is a dict of numpy arrays `(batch_size, length)`: `tokens`, `targets`, `positions`
-    and `segments` (int32), `weights` (float32). Batches come in the order that the seed gives.
+    Each batch is a dict of numpy arrays: by default `(batch_size, length)` `tokens`, `targets`,
+    `positions` and `segments` (int32), `weights` (float32). Batches come in the order that the
+    seed gives.
     """
 
     def __init__(self, dataset: grain.IterDataset, fingerprint: str):
@@ -65,13 +66,14 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
 
 def padded_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Tokenised],
     *,
     batch_size: int,
     buckets: Sequence[int] | None = None,
     seed: int = 0,
     shuffle: bool = True,
     epochs: int | None = None,
+    pad: Pad = pad_examples,
 ) -> Batches:
     """Batches with one row per sequence, padded to the smallest bucket that holds it.
 
@@ -85,6 +87,7 @@ def padded_batches(
         shuffle: whether the rows are shuffled.
         epochs: passes over the rows; `None` repeats for ever. The last batches of a finite stream
             are filled up with padding rows, so that every row comes and shapes stay.
+        pad: makes a batch of rows: `pad_examples`, or `pad_labelled_examples` for labelled ones.
 
     Raises:
         DataError: no rows, or one that is longer than the largest bucket.
@@ -109,6 +112,7 @@ def padded_batches(
         examples=examples,
         batch_size=batch_size,
         buckets=buckets,
+        pad=pad,
     )
     settings = ("padded", batch_size, sorted(buckets), seed, shuffle, epochs)
     return Batches(dataset, _fingerprint(examples, settings))
@@ -174,13 +178,13 @@ def _indices(count: int, *, seed: int, shuffle: bool, epochs: int | None) -> gra
     return indices.repeat(epochs).to_iter_dataset(options)
 
 
-def _longest(examples: Sequence[Example]) -> int:
+def _longest(examples: Sequence[Tokenised]) -> int:
     if not len(examples):
         raise DataError("no rows were given; batches need at least one.")
     return max(len(example.tokens) for example in examples)
 
 
-def _refuse_longer(examples: Sequence[Example], limit: int, what: str) -> None:
+def _refuse_longer(examples: Sequence[Tokenised], limit: int, what: str) -> None:
     for example in examples:
         if len(example.tokens) > limit:
             raise DataError(
@@ -195,9 +199,10 @@ def _require_positive(**values: int | None) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
 
 
-def _fingerprint(examples: Sequence[Example], settings: tuple) -> str:
+def _fingerprint(examples: Sequence[Tokenised], settings: tuple) -> str:
     digest = hashlib.sha256(json.dumps(settings).encode())
     for example in examples:
-        for array in (example.tokens, example.targets, example.weights):
-            digest.update(np.int64(len(array)).tobytes() + array.tobytes())
+        for array in vars(example).values():
+            if isinstance(array, np.ndarray):
+                digest.update(np.int64(array.size).tobytes() + array.tobytes())
     return digest.hexdigest()[:16]

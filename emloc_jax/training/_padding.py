@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from emloc_jax.training._encode import Example
 
-__all__ = ["BucketBatchIterDataset", "pad_examples"]
+__all__ = ["BucketBatchIterDataset", "Pad", "Tokenised", "pad_examples"]
+
+
+class Tokenised(Protocol):
+    """What can be batched: tokens, and where they come from."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(n,) int32."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where the row stands."""
+        ...
+
+
+Pad = Callable[..., dict[str, np.ndarray]]
 
 
 def pad_examples(
@@ -54,31 +71,32 @@ class BucketBatchIterDataset(grain.IterDataset):
         self,
         parent: grain.IterDataset,
         *,
-        examples: Sequence[Example],
+        examples: Sequence[Tokenised],
         batch_size: int,
         buckets: Sequence[int],
+        pad: Pad = pad_examples,
     ):
         super().__init__(parent)
-        self._examples = examples
-        self._batch_size = batch_size
-        self._buckets = sorted(buckets)
+        self._options = examples, batch_size, sorted(buckets), pad
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _BucketIterator(iter(self._parent), self._examples, self._batch_size, self._buckets)
+        return _BucketIterator(iter(self._parent), *self._options)
 
 
 class _BucketIterator(grain.DatasetIterator):
     def __init__(
         self,
         parent: grain.DatasetIterator,
-        examples: Sequence[Example],
+        examples: Sequence[Tokenised],
         batch_size: int,
         buckets: Sequence[int],
+        pad: Pad,
     ):
         super().__init__(parent)
         self._examples = examples
         self._batch_size = batch_size
         self._buckets = buckets
+        self._pad = pad
         self._waiting: list[list[int]] = [[] for _ in buckets]
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -96,7 +114,7 @@ class _BucketIterator(grain.DatasetIterator):
     def _emit(self, bucket: int) -> dict[str, np.ndarray]:
         indices, self._waiting[bucket] = self._waiting[bucket], []
         rows = [self._examples[i] for i in indices]
-        return pad_examples(rows, batch_size=self._batch_size, length=self._buckets[bucket])
+        return self._pad(rows, batch_size=self._batch_size, length=self._buckets[bucket])
 
     def get_state(self) -> dict[str, Any]:
         return {"parent": self._parent.get_state(), "waiting": [list(w) for w in self._waiting]}

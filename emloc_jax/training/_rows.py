@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 from emloc_jax.errors import ConfigError, DataError
-from emloc_jax.training._records import read_records
+from emloc_jax.training._records import Source, named_records
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "as_mapping", "fill", "read_rows", "to_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +41,12 @@ class Row:
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "assistant")
 
 
-def read_rows(
-    source: str | PathLike[str] | Iterable[Mapping[str, Any]],
-    *,
-    columns: Mapping[str, str] | None = None,
-) -> list[Row]:
-    """Rows of a JSONL, JSON or CSV file, or of any iterable of mappings (HF `datasets` too).
+def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows of a JSONL, JSON, CSV or TSV file, or of any iterable of mappings (HF `datasets` too).
 
     Args:
-        source: a path that ends in `.jsonl`, `.json` (a list of objects) or `.csv`, or an
-            iterable of mappings.
+        source: a path that ends in `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv`
+            (nothing is quoted), or an iterable of mappings.
         columns: `{"prompt": ..., "completion": ...}` or `{"messages": ...}` in terms of the
             source's own columns. A value with braces is a template over the columns. Without it
             the source must have these very names.
@@ -73,11 +68,8 @@ def read_rows(
     """
     if columns is not None:
         _check_columns(columns)
-    if isinstance(source, str | PathLike):
-        records, name = read_records(source), str(source)
-    else:
-        records, name = ((f"row {i}", r) for i, r in enumerate(source, 1)), "the given rows"
-    rows = [_row(origin, record, columns) for origin, record in records]
+    records, name = named_records(source)
+    rows = [to_row(origin, record, columns) for origin, record in records]
     if not rows:
         raise DataError(f"{name}: no row found; at least one is needed.")
     logger.info("%s: %d rows", name, len(rows))
@@ -94,12 +86,11 @@ def _check_columns(columns: Mapping[str, str]) -> None:
         )
 
 
-def _row(origin: str, record: Any, columns: Mapping[str, str] | None) -> Row:
-    if not isinstance(record, Mapping):
-        raise DataError(f"{origin}: a row is an object with named fields, found {record!r:.60}.")
+def to_row(origin: str, record: Any, columns: Mapping[str, str] | None) -> Row:
+    """One row of a record; see `read_rows`."""
     if columns is None:
-        columns = _guess(origin, record)
-    values = {field: _value(origin, record, column) for field, column in columns.items()}
+        columns = _guess(origin, as_mapping(origin, record))
+    values = {field: fill(origin, record, column) for field, column in columns.items()}
     if "messages" in values:
         return Row(origin, messages=_messages(origin, values["messages"]))
     for field, value in values.items():
@@ -128,7 +119,24 @@ def _guess(origin: str, record: Mapping[str, Any]) -> dict[str, str]:
     return {"messages": "messages"} if chat else {"prompt": "prompt", "completion": "completion"}
 
 
-def _value(origin: str, record: Mapping[str, Any], column: str) -> Any:
+def as_mapping(origin: str, record: Any) -> Mapping[str, Any]:
+    """The record, if it has named fields.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{origin}: a row is an object with named fields, found {record!r:.60}.")
+    return record
+
+
+def fill(origin: str, record: Any, column: str) -> Any:
+    """The value of a column, or a template with braces filled from all columns.
+
+    Raises:
+        DataError: a column that the record lacks, or that is null.
+    """
+    record = as_mapping(origin, record)
     filled = {key: value for key, value in record.items() if value is not None}
     try:
         return column.format_map(filled) if "{" in column else filled[column]

@@ -1,56 +1,83 @@
 """`kill -9` at random moments, then `--resume`: the same bits as without."""
 
+import functools
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
+from tests.cli.killing import Runs, die_in_fit, die_while_saving, kill_after, lines, records
 
-def start(common, run, *extra):
-    arguments = ["finetune", *common, "eval.scores=[]", "train.steps=40", "train.save_every=1"]
-    code = "import sys; from emloc_jax.cli import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, f"output={run}", *extra],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process):
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
-
-
-def wait_for_step(process, run, step):
-    """Until the metrics hold `step` lines, or the process ends."""
-    file = run / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and file.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.01)
+CHANCE = random.SystemRandom()
+LSP = [
+    "method=lsp",
+    "train.steps=16",
+    "lsp.train={'layers/mlp/down_proj': subspace, '.*/scale': device, 'embed_tokens/.*': host}",
+    "lsp.nnz=2",
+    "lsp.refit_every=4",
+    "lsp.fit_steps=5",
+    "lsp.threshold=0.05",
+    "lsp.calibration_rows=4",
+]
 
 
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, common):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def start(common):
+    """From options and a folder to the arguments of a run."""
+    without = ["eval.scores=[]", "data.test=null", "train.save_every=1"]
+    return lambda run, *options: ["finetune", *common, *without, *options, f"output={run}"]
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, runs, start):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(common, whole))
-
-    moments = sorted(random.SystemRandom().sample(range(2, 38), 3))
+    runs.finish(start(whole, "train.steps=20"))
+    moments = sorted(CHANCE.sample(range(2, 18), 3))
     for count, step in enumerate(moments):
-        process = start(common, killed, *(["--resume"] if count else []))
-        wait_for_step(process, killed, step)
-        time.sleep(random.SystemRandom().uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(start(common, killed, "--resume"))
+        process = runs.start([*start(killed, "train.steps=20"), *(["--resume"] if count else [])])
+        kill_after(process, killed, step, CHANCE.uniform(0, 0.05))
+    runs.finish([*start(killed, "train.steps=20"), "--resume"])
     for name in ("adapter", "adapter_corrected"):
         one, other = (
             (run / name / "adapter_model.safetensors").read_bytes() for run in (whole, killed)
         )
         assert one == other, f"{name} differs after kills at steps {moments}"
-    assert (killed / "metrics.jsonl").read_bytes().count(b"\n") == 40
+    assert lines(killed) == 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["train.clip=null"], ["train.accumulation=2", "lsp.wire=bfloat16"]],
+    ids=["alone", "accumulation"],
+)
+def test_a_killed_lsp_run_ends_with_the_same_bits(tmp_path, runs, start, options):
+    """Killed in a check of the projectors, while a checkpoint is written, and anywhere."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.finish(start(whole, *LSP, *options))
+    arguments = start(killed, *LSP, *options)
+
+    # Each check fits two pairs; the first comes before any step, the second before step 5.
+    fit, save, step = CHANCE.randint(3, 4), CHANCE.randint(1, 4), CHANCE.randint(9, 13)
+    pause = CHANCE.uniform(0, 0.05)
+    print(f"kills: fit {fit}, saving {save}, {pause} s after step {step}")  # shown on a failure
+    process = runs.start(arguments, moment=functools.partial(die_in_fit, fit))
+    process.join()
+    assert process.exitcode == -9 and lines(killed) == 4
+    resume = [*arguments, "--resume"]
+    process = runs.start(resume, moment=functools.partial(die_while_saving, save))
+    process.join()
+    assert process.exitcode == -9 and 4 <= lines(killed) <= 9
+    process = runs.start(resume)
+    kill_after(process, killed, step, pause)
+    assert process.exitcode == -9
+    runs.finish(resume)
+
+    one, other = ((run / "merged" / "model.safetensors").read_bytes() for run in (whole, killed))
+    assert one == other
+    assert records(killed) == records(whole) and lines(killed) == 16
 
 
 @pytest.mark.slow
