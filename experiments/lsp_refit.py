@@ -7,7 +7,8 @@ DATA holds banking77/ (files of the public data set, unchanged). Needs gt-all-mi
 the figure matplotlib. all-MiniLM-L6-v2 learns Banking77 with projectors that are fitted again on
 fresh batches every few steps, whatever their error. Three ways: moments `carried` into the new
 subspace; `zeroed`, with the count of steps going on; `restarted`, the count zeroed too. Same
-batches, fits and rates in all. Twenty minutes on one CPU core. Expect the figures of docs/results.md.
+batches, fits and rates in all. Twenty minutes on one CPU core. Expect the figures of
+docs/results.md.
 """
 
 import argparse
