@@ -189,8 +189,8 @@ def main():
             if is_done(task, seen):
                 continue
             remaining = ends - time.monotonic()
-            if remaining < 20:
-                left += 1
+            if remaining < min(20 if args.shapes == ["tiny"] else 120, args.limit):
+                left += 1  # it would be cut off
                 continue
             name = " ".join(str(task[key]) for key in ("part", "shape", "schedule") if key in task)
             began = time.monotonic()
@@ -198,6 +198,7 @@ def main():
             new = read(args.output)[len(seen) :]
             outcomes = sorted({record["outcome"] for record in new})
             print(f"{name}: {', '.join(outcomes)}, {time.monotonic() - began:.0f} s", flush=True)
+            left += not is_done(task, read(args.output))
     print(tables(read(args.output)))
     if left:
         print(f"\n{left} runs are left; give the same command again.")

@@ -16,10 +16,11 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from lsp_quality import TASKS, Classifier, Method, read, write
+from lsp_quality import Method
+from lsp_quality_tables import read, write
+from lsp_quality_tasks import TASKS, Classifier
 
 WAYS = ("carried", "zeroed", "restarted")
 
@@ -59,7 +60,6 @@ def run(args):
             method.way = way
             record = method.train(args.rate, seed, evaluate, evaluations=args.steps // args.every)
             write(args.output, {"way": way, "seed": seed} | record)
-            jax.block_until_ready(record)
 
 
 def table(path):

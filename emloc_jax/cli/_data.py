@@ -32,7 +32,9 @@ __all__ = [
     "encode",
     "evaluation_batches",
     "load_rows",
+    "prompt_reader",
     "token_mask",
+    "training_batches",
 ]
 
 

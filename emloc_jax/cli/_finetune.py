@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from emloc_jax._files import check_new
 from emloc_jax.adapters import Adapter, attach, correction_report
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
 from emloc_jax.cli._checks import (
@@ -34,7 +33,7 @@ from emloc_jax.cli._lsp import lsp_facts, open_trainer, train_lsp
 from emloc_jax.cli._options import FinetuneConfig
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import RowSource, read_source
-from emloc_jax.cli._run import Run
+from emloc_jax.cli._run import Run, check_run
 from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
 from emloc_jax.cli._sizes import inference_memory
 from emloc_jax.cli._stages import (
@@ -74,11 +73,11 @@ def finetune(
     Returns:
       The report that `report.json` holds.
     """
-    if not resume:
-        check_new(config.output)
-    data, test = config.data, test_rows or config.data.test
-    rows = read_source(train_rows or data.train, data)
-    kept = read_source(test, data, first=config.eval.rows) if test else None
+    check_run(config, resume=resume)
+    data = config.data
+    test = data.test if test_rows is None else test_rows
+    rows = read_source(data.train if train_rows is None else train_rows, data)
+    kept = None if test is None else read_source(test, data, first=config.eval.rows)
     task = task_of(rows, data, config.eval)
     check_method(config.method, task)
     check_scores(config.eval, task)

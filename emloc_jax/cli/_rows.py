@@ -10,7 +10,6 @@ from emloc_jax.training import (
     GLUE_TASKS,
     LabelledRow,
     Row,
-    classifies,
     hub_records,
     read_glue_rows,
     read_instruction_rows,
@@ -68,6 +67,6 @@ def _reader(options: DataOptions) -> Callable[[Any], Rows]:
             f"data.format={options.format} does not exist; there are alpaca, code, and glue/TASK "
             f"with TASK one of {', '.join(GLUE_TASKS)}."
         )
-    if classifies(columns):
+    if columns is not None and set(columns) & {"text", "text_pair", "label"}:
         return lambda source: read_labelled_rows(source, columns=columns)
     return lambda source: read_rows(source, columns=columns)

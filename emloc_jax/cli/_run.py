@@ -9,7 +9,7 @@ from emloc_jax._files import check_new, new_directory, new_file
 from emloc_jax.cli._config import differences, to_yaml
 from emloc_jax.errors import ResumeError
 
-__all__ = ["Run", "write_json"]
+__all__ = ["Run", "check_run", "write_json"]
 
 
 class Run:
@@ -31,28 +31,12 @@ class Run:
           OutputExistsError: the folder exists and `resume` is not set.
           ResumeError: nothing to resume, or the configuration differs.
         """
+        check_run(config, resume=resume)
         self.folder = Path(config.output)
         self.resumed = resume
-        if resume and not self.folder.exists():
-            raise ResumeError(f"There is no run folder {self.folder} to resume.")
         if not resume:
-            check_new(self.folder)
             with new_directory(self.folder) as partial:
                 (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            return
-        saved = self.folder / "config.yaml"
-        if not saved.is_file():
-            raise ResumeError(
-                f"{self.folder} holds no config.yaml, so no run was started there. Start one "
-                "without --resume, in a new folder."
-            )
-        changes = differences(saved.read_text(encoding="utf-8"), config)
-        if changes:
-            raise ResumeError(
-                f"{self.folder} was started with another configuration:\n  "
-                + "\n  ".join(changes)
-                + "\nResume with the old one, or start a new run in a new folder."
-            )
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -64,6 +48,38 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file, replacing an older one of this run in one step."""
         write_json(self.folder / name, content, overwrite=True)
+
+
+def check_run(config: Any, *, resume: bool) -> None:
+    """Refuses what `Run` would, without writing anything.
+
+    Args:
+      config: see `Run`.
+      resume: see `Run`.
+
+    Raises:
+      OutputExistsError: the folder exists and `resume` is not set.
+      ResumeError: nothing to resume, or the configuration differs.
+    """
+    folder = Path(config.output)
+    if not resume:
+        check_new(folder)
+        return
+    if not folder.exists():
+        raise ResumeError(f"There is no run folder {folder} to resume.")
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise ResumeError(
+            f"{folder} holds no config.yaml, so no run was started there. Start one "
+            "without --resume, in a new folder."
+        )
+    changes = differences(saved.read_text(encoding="utf-8"), config)
+    if changes:
+        raise ResumeError(
+            f"{folder} was started with another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nResume with the old one, or start a new run in a new folder."
+        )
 
 
 def write_json(path: Path, content: Any, *, overwrite: bool = False) -> None:

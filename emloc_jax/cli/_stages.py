@@ -47,11 +47,13 @@ from emloc_jax.training import (
 __all__ = [
     "Scores",
     "Trained",
+    "attach_for_training",
     "calibrate_session",
     "correct_session",
     "emulate",
     "evaluation_figures",
     "input_moments",
+    "label_report",
     "score",
     "train_on",
 ]
@@ -298,8 +300,11 @@ def score(
 
 def label_report(session: Session, params: Any, batches: Iterable[Any]) -> LabelReport:
     """Loss and metrics of a classifier."""
-    assert session.task is not None and session.logits is not None
-    return evaluate_labels(session.logits, params, batches, metrics=session.task.metrics)
+    task = session.task
+    assert task is not None and session.logits is not None
+    return evaluate_labels(
+        session.logits, params, batches, metrics=task.metrics, positive=task.positive
+    )
 
 
 def evaluation_figures(session: Session, params: Any, batches: Iterable[Any]) -> dict[str, float]:

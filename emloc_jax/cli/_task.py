@@ -21,11 +21,13 @@ class Task:
       names: of the classes, by number; empty if a number is predicted.
       metrics: what is scored.
       known: the order of the classes is the task's own, not that of the names found in rows.
+      positive: the class that F1 is of, whatever order a head has: the second of the task's own.
     """
 
     names: tuple[str, ...]
     metrics: tuple[str, ...]
     known: bool
+    positive: int = 1
 
     @property
     def outputs(self) -> int:
@@ -79,10 +81,9 @@ def fit_task(task: Task | None, found: Pretrained, *, fresh_head: bool) -> Task 
         return None
     if task is None:
         raise UnsupportedArchitectureError(
-            f"{source} is a {config.model_type} encoder; here it is trained (method=full or lsp) "
-            "and evaluated as a classifier, on rows with labels. Give "
-            "data.columns={text: COLUMN, label: COLUMN} or data.format=glue/TASK, or use a causal "
-            "language model."
+            f"{source} is a {config.model_type} encoder; finetune (method=full or lsp) and eval "
+            "take it as a classifier, on rows with labels: data.columns={text: COLUMN, label: "
+            "COLUMN} or data.format=glue/TASK. All else here needs a causal language model."
         )
     task = _in_order(task, found, fresh_head)
     if len(task.names) == 1:
@@ -109,7 +110,8 @@ def _in_order(task: Task, found: Pretrained, fresh_head: bool) -> Task:
                 f"does not know; it has {', '.join(held[:10])}{', …' if len(held) > 10 else ''}. "
                 "Rename the labels, or give an encoder without a head."
             )
-        return dataclasses.replace(task, names=held)
+        positive = held.index(task.names[1]) if len(task.names) == 2 else 1
+        return dataclasses.replace(task, names=held, positive=positive)
     elif found.config.num_labels != task.outputs:
         raise CheckpointError(
             f"The head of {source} has {found.config.num_labels} outputs, the rows ask for "

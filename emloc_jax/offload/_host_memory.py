@@ -13,6 +13,7 @@ from emloc_jax.offload._update_programs import UpdatePrograms
 __all__ = ["check_host_memory", "free_host_memory", "moment_bytes"]
 
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # of a container, say
 
 
 def moment_bytes(
@@ -49,15 +50,23 @@ def check_host_memory(needed: int, limit: int | None) -> None:
 
 
 def free_host_memory() -> int:
-    """Bytes that can be had without swapping, by the operating system; all it has, if it is mute.
+    """Bytes that can be had without swapping, within the control group's limit if there is one.
+
+    Where the operating system does not say: all memory of the machine.
 
     Example:
       >>> free_host_memory() > 2**20
       True
     """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
-                return 1024 * int(value.split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+                free = 1024 * int(value.split()[0])
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and used.exists():
+        most = limit.read_text(encoding="ascii").strip()
+        if most != "max":
+            free = min(free, max(0, int(most) - int(used.read_text(encoding="ascii"))))
+    return free

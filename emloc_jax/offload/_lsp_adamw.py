@@ -177,7 +177,7 @@ def lsp_adamw(
 def _check_sizes(state: LspState, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Refuses, while tracing, a state that was made with other options."""
     found = {path: tuple(moments.mu.shape[-2:]) for path, moments in state.moments.items()}
-    for path in found.keys() | sizes.keys():
+    for path in sorted(found.keys() | sizes.keys()):
         if found.get(path) != sizes.get(path):
             raise ResumeError(
                 f"Kernel '{path}' is to be trained in a subspace of sizes {sizes.get(path)}, but "

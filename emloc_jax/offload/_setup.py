@@ -25,7 +25,7 @@ from emloc_jax.offload._plan import (
 from emloc_jax.offload._schedules import Schedule
 from emloc_jax.offload._update_programs import UpdatePrograms
 
-__all__ = ["Planned", "SetUp", "adam_shape", "fresh_pairs", "plan_programs", "set_up"]
+__all__ = ["Planned", "SetUp", "adam_shape", "plan_programs", "set_up"]
 
 OUTER = -1
 

@@ -32,7 +32,7 @@ class PairReport:
       path: of the kernel within it.
       before: estimation error of the pair in use, on the calibration batch.
       after: of the pair from now on; equal to `before` where it was good enough.
-      steps: of the fit, 0 where none was needed.
+      steps: of Adam; 0 where none was needed, also where scaling the pair was enough.
     """
 
     block: int
@@ -56,8 +56,8 @@ class RefitReport:
 
     @property
     def refitted(self) -> int:
-        """How many pairs were fitted."""
-        return sum(pair.steps > 0 for pair in self.pairs)
+        """How many pairs have changed."""
+        return sum(pair.after < pair.before for pair in self.pairs)
 
     @property
     def mean_before(self) -> float:

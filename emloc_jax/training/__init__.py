@@ -28,7 +28,7 @@ from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_
 from emloc_jax.training._hub_rows import hub_records, read_hub_rows
 from emloc_jax.training._instructions import read_instruction_rows
 from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
-from emloc_jax.training._labelled_rows import LabelledRow, classifies, read_labelled_rows
+from emloc_jax.training._labelled_rows import LabelledRow, read_labelled_rows
 from emloc_jax.training._loop import TrainResult, train
 from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_head_loss, make_loss
 from emloc_jax.training._metrics_file import read_metrics
@@ -71,7 +71,6 @@ __all__ = [
     "TrainStep",
     "check_label_metrics",
     "chunked_cross_entropy",
-    "classifies",
     "decays",
     "encode_labelled_rows",
     "encode_rows",

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from emloc_jax.errors import NonFiniteError, NoTokensError
-from emloc_jax.training._label_metrics import label_metrics
+from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
 from emloc_jax.training._loss import Loss
 
 __all__ = [
@@ -109,6 +109,7 @@ def evaluate_labels(
     batches: Iterable[dict[str, np.ndarray]],
     *,
     metrics: Sequence[str] = (),
+    positive: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> LabelReport:
     """Loss and metrics over all rows of all batches.
@@ -118,7 +119,8 @@ def evaluate_labels(
             with the same function.
         params: parameters, possibly boxed.
         batches: a finite stream (`epochs=1`).
-        metrics: names, see `label_metrics`.
+        metrics: names, see `label_metrics`; checked on the first batch.
+        positive: the class that `f1` is of.
         on_batch: called with the number of batches done, for a progress bar.
 
     Raises:
@@ -137,6 +139,9 @@ def evaluate_labels(
     outputs, labels = [], []
     for done, batch in enumerate(batches, 1):
         found = np.asarray(compiled(params, batch))
+        if done == 1:
+            kind = np.asarray(batch["labels"]).dtype
+            check_label_metrics(metrics, found.shape[-1] if np.issubdtype(kind, np.integer) else 0)
         batch_total, batch_weight = label_loss(jnp.asarray(found), batch)
         total += float(batch_total)
         weight += float(batch_weight)
@@ -152,4 +157,5 @@ def evaluate_labels(
     values, truth = np.concatenate(outputs), np.concatenate(labels)
     classes = np.issubdtype(truth.dtype, np.integer)
     predictions = values.argmax(-1) if classes else values[:, 0]
-    return LabelReport(total / weight, label_metrics(metrics, predictions, truth), len(truth))
+    scores = label_metrics(metrics, predictions, truth, positive=positive)
+    return LabelReport(total / weight, scores, len(truth))

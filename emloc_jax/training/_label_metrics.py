@@ -18,27 +18,39 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def label_metrics(
-    names: Sequence[str], predictions: np.ndarray, labels: np.ndarray
+    names: Sequence[str], predictions: np.ndarray, labels: np.ndarray, *, positive: int = 1
 ) -> dict[str, float]:
     """Metrics of predictions.
 
     Args:
-        names: `accuracy`, `f1` (of class 1, of two), `matthews`; for numbers `pearson` and
+        names: `accuracy`, `f1` (of one class of two), `matthews`; for numbers `pearson` and
             `spearman`.
         predictions: (N,) numbers of classes, or predicted numbers.
         labels: (N,) the true ones.
+        positive: the class that `f1` is of.
 
     Returns:
         Name to value. Pearson's and Spearman's correlation with a constant is NaN, Matthews' is 0.
 
     Raises:
-        ConfigError: see `check_label_metrics`.
+        ConfigError: a name that is none of these, or a package is missing.
 
     Example:
         >>> label_metrics(["accuracy"], np.array([0, 1, 1]), np.array([0, 1, 2]))
         {'accuracy': 0.6666666666666666}
     """
-    return {name: _METRICS[name](predictions, labels) for name in names}
+    for name in names:
+        if name not in _METRICS:
+            raise ConfigError(
+                f"The metric {name!r} was asked for; there are {', '.join(_METRICS)}."
+            )
+    values = {}
+    for name in names:
+        pair = (predictions, labels)
+        if name == "f1":
+            pair = (predictions == positive, labels == positive)
+        values[name] = _METRICS[name](*pair)
+    return values
 
 
 def check_label_metrics(names: Sequence[str], classes: int) -> None:

@@ -11,7 +11,7 @@ from emloc_jax.errors import ConfigError, DataError
 from emloc_jax.training._records import Source, named_records
 from emloc_jax.training._rows import as_mapping, fill
 
-__all__ = ["LabelledRow", "classifies", "read_labelled_rows", "text_of"]
+__all__ = ["LabelledRow", "read_labelled_rows", "text_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,6 @@ class LabelledRow:
     text: str
     text_pair: str | None
     label: str | float
-
-
-def classifies(columns: Mapping[str, str] | None) -> bool:
-    """Whether `columns` are those of rows with a label."""
-    return columns is not None and bool(set(columns) & set(_FIELDS))
 
 
 def read_labelled_rows(

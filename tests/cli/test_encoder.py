@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from emloc_jax.checkpoints import load_pretrained
 from emloc_jax.cli import main
+from emloc_jax.cli._task import Task, fit_task
 from emloc_jax.kernels import flatten_leaves
+from emloc_jax.models import EncoderConfig
+from emloc_jax.training import glue_task
 
 ANIMALS, TOOLS = "cat dog fox owl".split(), "saw axe drill rasp".split()
 SPECIAL = {"bert": ["[PAD]", "[CLS]", "[SEP]"], "roberta": ["<s>", "<pad>", "</s>"]}
@@ -137,6 +141,20 @@ def turn_head(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def test_f1_stays_with_its_class_whatever_order_the_head_has():
+    """MRPC's is of pairs that are equivalent."""
+    own = glue_task("mrpc").labels
+    task = Task(own, ("f1",), known=True)
+    for names in (own, own[::-1]):
+        config = EncoderConfig(
+            vocab_size=8, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1
+        ).with_labels(2)
+        labels = {"id2label": {str(i): name for i, name in enumerate(names)}}
+        found = SimpleNamespace(config=config, source="folder", hf_config=labels)
+        fitted = fit_task(task, found, fresh_head=False)
+        assert fitted.names == names and fitted.names[fitted.positive] == "equivalent"
+
+
 def test_lsp_makes_a_classifier_of_named_rows(tmp_path, encoders, words_csv, capsys):
     run, rows = tmp_path / "run", options(encoders / "bert", words_csv, *LSP)
     assert main(["finetune", *rows, "train.evaluate_every=5", f"output={run}"]) == 0
@@ -182,7 +200,8 @@ def test_pairs_of_glue_resume_to_the_same_bits(tmp_path, encoders, rte):
     arguments += ["data.format=glue/rte", "train.save_every=3", f"output={run}"]
     assert main(["finetune", *arguments]) == 0
     zero, tuned = stages(run)
-    assert tuned["loss"] < zero["loss"] and set(tuned["scores"]) == {"accuracy"}
+    # Five steps on pairs change the model; that they teach it is not claimed.
+    assert tuned["loss"] != zero["loss"] and set(tuned["scores"]) == {"accuracy"}
     pairs = [("cat and axe", "cat"), ("dog and saw", "owl")]
     theirs, config = in_torch(run / "merged", "roberta", pairs)
     assert list(config.id2label.values()) == ["entailment", "not_entailment"]

@@ -60,7 +60,7 @@ def test_a_killed_lsp_run_ends_with_the_same_bits(tmp_path, runs, start, options
     arguments = start(killed, *LSP, *options)
 
     # Each check fits two pairs; the first comes before any step, the second before step 5.
-    fit, save, step = CHANCE.randint(3, 4), CHANCE.randint(1, 4), CHANCE.randint(9, 13)
+    fit, save, step = CHANCE.randint(3, 4), CHANCE.randint(1, 4), CHANCE.randint(9, 11)
     pause = CHANCE.uniform(0, 0.05)
     print(f"kills: fit {fit}, saving {save}, {pause} s after step {step}")  # shown on a failure
     process = runs.start(arguments, moment=functools.partial(die_in_fit, fit))

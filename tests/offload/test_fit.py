@@ -80,6 +80,21 @@ def test_it_stops_at_the_threshold_and_a_good_pair_is_left_alone():
     np.testing.assert_array_equal(again_q.values, q.values)
 
 
+def test_a_fit_begins_with_the_best_scale():
+    g, start = SMALL.astype(np.float64), small_pair()
+    left, right = (dense(x) for x in start)
+    estimate = left @ left.T @ g @ right @ right.T
+    cosine = np.sum(estimate * g) / (np.linalg.norm(estimate) * np.linalg.norm(g))
+    best = np.sqrt(1 - cosine**2)  # of all multiples of the estimate
+    p, q, report = fit(SMALL, *start, FitOptions(threshold=1.01 * best))
+    assert report.steps == 0 and report.error_before > 1
+    assert report.error_after == pytest.approx(best, rel=1e-5)
+    assert dense_error(SMALL, p, q) == pytest.approx(best, rel=1e-5)
+    one, _, _ = fit(SMALL, start[0], None, FitOptions(threshold=0.99))
+    ratio = np.asarray(one.values) / np.asarray(start[0].values)
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-6)
+
+
 def test_positions_stay_and_a_cached_copy_is_refreshed():
     p, q = small_pair()
     plain, _, report = fit(SMALL, p, q, FitOptions(steps=20))

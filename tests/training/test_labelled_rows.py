@@ -153,6 +153,8 @@ def test_metrics_equal_their_formulas():
     assert scores["accuracy"] == 6 / 8
     assert scores["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
     assert scores["matthews"] == pytest.approx((4 * 2 - 1 * 1) / math.sqrt(5 * 5 * 3 * 3))
+    other = label_metrics(["f1"], PREDICTED, LABELS, positive=0)["f1"]
+    assert other == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     x, y = np.array([1.0, 2.0, 4.0, 3.0]), np.array([0.0, 1.0, 5.0, 2.0])
     scores = label_metrics(["pearson", "spearman"], x, y)
     dx, dy = x - 2.5, y - 2.0
@@ -172,6 +174,8 @@ def test_metrics_that_do_not_fit(monkeypatch):
     for names, classes in ((["f1"], 3), (["pearson"], 2), (["accuracy"], 0), (["beauty"], 2)):
         with pytest.raises(ConfigError, match=names[0]):
             check_label_metrics(names, classes)
+    with pytest.raises(ConfigError, match="beauty"):
+        label_metrics(["beauty"], PREDICTED, LABELS)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     check_label_metrics(["accuracy"], 2)
     with pytest.raises(ConfigError, match=r"pip install 'emloc_jax\[glue\]'"):
@@ -207,5 +211,9 @@ def test_evaluation_pools_rows_of_all_batches():
     assert report.scores == {"accuracy": 2 / 3}
     with pytest.raises(NonFiniteError):
         evaluate_labels(logits, params * jnp.nan, batches)
+    seen = []
+    with pytest.raises(ConfigError, match="pearson"):
+        evaluate_labels(logits, params, batches, metrics=["pearson"], on_batch=seen.append)
+    assert not seen  # before the second batch
     with pytest.raises(NoTokensError):
         evaluate_labels(logits, params, [batch_of([0], [0])])
