@@ -20,8 +20,18 @@ ALLOWED = {
     "offload": GROUND | {"kernels", "models"},
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
     "training": GROUND | {"kernels", "offload"},
+    "streaming": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
     "cli": GROUND
-    | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"},
+    | {
+        "kernels",
+        "models",
+        "emulator",
+        "adapters",
+        "offload",
+        "checkpoints",
+        "training",
+        "streaming",
+    },
 }
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 

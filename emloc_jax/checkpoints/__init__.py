@@ -1,5 +1,6 @@
 """Models and adapters on disk: Hugging Face folders, GGUF, PEFT adapters, emulators, Orbax."""
 
+from emloc_jax.checkpoints._checkpoint_blocks import CheckpointBlocks as CheckpointBlocks
 from emloc_jax.checkpoints._emulator_config import EmulatorConfig as EmulatorConfig
 from emloc_jax.checkpoints._emulator_folder import load_emulator as load_emulator
 from emloc_jax.checkpoints._emulator_folder import save_emulator as save_emulator

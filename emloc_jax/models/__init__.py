@@ -1,6 +1,7 @@
 """Linen models of three kinds (Llama family, GPT-2, BERT and RoBERTa), their Hugging Face names."""
 
 from emloc_jax.models.architectures import supported_classes
+from emloc_jax.models.block_source import BlockSource, MemoryBlocks
 from emloc_jax.models.block_stack import BlockStack, block_stack
 from emloc_jax.models.cache import grow_cache, init_cache
 from emloc_jax.models.causal import CausalModel
@@ -20,6 +21,7 @@ from emloc_jax.models.rope import RopeScaling
 from emloc_jax.models.sampling import sample_tokens
 
 __all__ = [
+    "BlockSource",
     "BlockStack",
     "CausalModel",
     "Decoder",
@@ -30,6 +32,7 @@ __all__ = [
     "Gpt2Config",
     "HfStorage",
     "HfTensor",
+    "MemoryBlocks",
     "RopeScaling",
     "block_stack",
     "config_from_hf",

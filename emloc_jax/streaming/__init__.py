@@ -1,0 +1,7 @@
+"""Models that are larger than memory: weights on disk or on the host, a block at a time.
+
+Everything here walks a `BlockStack` whose parameters come from a `BlockSource`. The results are
+those of the stages that hold the whole model, bit for bit where the layers are scanned.
+"""
+
+from emloc_jax.streaming._walk import walk as walk
