@@ -1,6 +1,6 @@
 """A checkpoint's parameters read a block at a time, so that no model is ever whole in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class CheckpointBlocks:
         """
         return self._read([(path, path)])[path]
 
-    def _read(self, paths: Iterable[tuple[str, str]]) -> Mapping[str, np.ndarray]:
+    def _read(self, paths: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
         infinite = []
         for path, name in paths:
