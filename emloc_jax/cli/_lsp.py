@@ -76,6 +76,7 @@ def pipeline_options(lsp: LspOptions, train_options: TrainOptions, seed: int) ->
         refit_every=lsp.refit_every,
         product=lsp.product,
         wire=lsp.wire,
+        normalize=lsp.normalize,
         rounding=lsp.rounding,
         seed=seed,
         host_memory=None if lsp.host_memory is None else parse_bytes(lsp.host_memory),

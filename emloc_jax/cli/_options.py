@@ -155,6 +155,9 @@ class LspOptions:
         None, "bytes for Adam's moments, e.g. 64GiB; null: what is free"
     )
     wire: Dtype = option("float32", "dtype of gradients and updates on the link")
+    normalize: bool = option(
+        True, "make steps in subspaces as long as Adam's own, so that its learning rates serve"
+    )
     rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
         "nearest", "how updates of bfloat16 parameters are rounded"
     )

@@ -34,6 +34,7 @@ def lsp_adamw(
     fit: FitOptions = DEFAULT_FIT,
     refit_every: int | None = 100,
     clip: float | None = None,
+    normalize: bool = True,
     dense: Dense = "train",
     seed: int = 0,
     projectors: Mapping[str, Pair] | None = None,
@@ -46,12 +47,12 @@ def lsp_adamw(
 
     For each chosen kernel `K (d_in, d_out)` with gradient `G`:
 
-        K <- K - lr (P Adam(P^T G Q) Q^T + weight_decay K)
+        K <- K - lr (c P Adam(P^T G Q) Q^T + weight_decay K)
 
-    so Adam's moments have the size of the subspace. At the first step and then every `refit_every`
-    steps the estimation error of each pair is measured; where it exceeds `fit.threshold` the
-    values of P and Q are learnt on that gradient, from the present ones (positions stay), and the
-    moments carried over. The first fit happens before the first step. Everything is one pure
+    so Adam's moments have the size of the subspace (`c`: see `normalize`). At the first step and
+    then every `refit_every` steps the estimation error of each pair is measured; where it exceeds
+    `fit.threshold` the values of P and Q are learnt on that gradient, from the present ones
+    (positions stay), and the moments carried over. The first fit happens before the first step. Everything is one pure
     function of arrays: it runs inside the caller's own `jit`, under shardings, over stacked
     (scanned) kernels, on any backend, and traces once.
 
@@ -83,6 +84,9 @@ def lsp_adamw(
       clip: largest global norm of the gradients as they enter Adam: compressed ones, together with
         those of parameters that are trained whole. For a fitted pair of error e it is about
         sqrt(1 - e^2) of the norm of the true gradient.
+      normalize: lengthen steps in subspaces by `c = sqrt(d_in d_out / (s_in s_out))`, which makes
+        them as long as Adam's own (`step_scale`), so that one rate serves compressed and whole
+        parameters and any size of subspace. False: `c = 1`, as in the paper.
       dense: what happens to all other parameters: 'train' with AdamW, 'freeze', or rules `(regex,
         'train' or 'freeze')` that cover them.
       seed: for positions and first values.
@@ -146,6 +150,7 @@ def lsp_adamw(
             fit=fit,
             refit_every=refit_every,
             clip=clip,
+            normalize=normalize,
             dense=dense,
             decay_mask=mask,
             memory_kind=memory_kind,

@@ -53,6 +53,7 @@ class LspSettings:
     fit: FitOptions
     refit_every: int | None
     clip: float | None
+    normalize: bool
     dense: Dense
     decay_mask: Any
     memory_kind: str | None

@@ -12,6 +12,7 @@ from emloc_jax.kernels import flatten_leaves, lift_matrix, project_matrix
 from emloc_jax.offload._adam import adam_direction, all_finite
 from emloc_jax.offload._lsp_state import LspSettings, LspState, arrays, place, rebuild
 from emloc_jax.offload._refit import Watched, carry, check_all
+from emloc_jax.offload._step_scale import step_scale
 
 __all__ = ["lsp_step"]
 
@@ -97,6 +98,8 @@ def _take(
         carried = carry(state.moments[path], old=before[path], new=x)
         direction, moments[path] = adam_direction(compressed[path], carried, settings.adam)
         lifted = lift_matrix(direction, x.p, x.q)
+        if settings.normalize:
+            lifted = lifted * step_scale((spec.d_in, spec.d_out), direction.shape[-2:])
         changes[path] = change(path, spec.layout.from_matrix(lifted, spec.in_shape, spec.out_shape))
     for path, g in whole.items():
         direction, dense[path] = adam_direction(g, state.dense[path], settings.adam)

@@ -39,6 +39,7 @@ class PipelineOptions:
         the faster of the two for each size, measured at set-up (see `faster_products`). A saved
         state keeps the choice, since the two round differently.
       wire: 'float32' or 'bfloat16' on the link, both ways.
+      normalize: lengthen steps in subspaces to those of Adam in full, see `step_scale`.
       rounding: how updates of bf16 parameters are rounded, see `apply_update`.
       seed: of projectors and of stochastic rounding.
       host_memory: bytes that Adam's moments may take on the host; None: what is free there.
@@ -58,6 +59,7 @@ class PipelineOptions:
     refit_every: int = 1000
     product: Literal["sparse", "dense", "auto"] = "sparse"
     wire: Literal["float32", "bfloat16"] = "float32"
+    normalize: bool = True
     rounding: Rounding = "nearest"
     seed: int = 0
     host_memory: int | None = None

@@ -144,7 +144,11 @@ class _Compiled:
     def updates(self, plan: Plan) -> UpdatePrograms:
         options = self._options
         return UpdatePrograms(
-            plan, host=self._schedule.host, adam=options.adam, rounding=options.rounding
+            plan,
+            host=self._schedule.host,
+            adam=options.adam,
+            rounding=options.rounding,
+            normalize=options.normalize,
         )
 
 

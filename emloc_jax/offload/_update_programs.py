@@ -12,6 +12,7 @@ from emloc_jax.offload._adam_update import Update, adam_update
 from emloc_jax.offload._apply import apply_update
 from emloc_jax.offload._plan import Plan
 from emloc_jax.offload._rounding import Rounding, rounding_state
+from emloc_jax.offload._step_scale import step_scale
 
 __all__ = ["UpdatePrograms"]
 
@@ -24,11 +25,14 @@ class UpdatePrograms:
       host: whether Adam runs on the host; otherwise everything is updated on the device.
       adam: Adam's numbers, for leaves that are updated on the device.
       rounding: see `apply_update`.
+      normalize: lengthen steps in subspaces, see `step_scale`.
     """
 
-    def __init__(self, plan: Plan, *, host: bool, adam: AdamOptions, rounding: Rounding):
+    def __init__(
+        self, plan: Plan, *, host: bool, adam: AdamOptions, rounding: Rounding, normalize: bool
+    ):
         self.plan, self._host = plan, host
-        self._adam = adam
+        self._adam, self._normalize = adam, normalize
         self._rounding: Rounding = rounding
         self.apply = jax.jit(self._apply, donate_argnames=("params", "extras"))
         self.update_on_device = jax.jit(
@@ -77,6 +81,8 @@ class UpdatePrograms:
         for number, (path, delta) in enumerate(sorted(deltas.items())):
             leaf, spec = leaves[path], self.plan.kernels.get(path)
             p, q = pairs.get(path, (None, None))
+            if spec and self._normalize:
+                delta = delta.astype(jnp.float32) * step_scale((spec.d_in, spec.d_out), delta.shape)
             new, extra = apply_update(
                 leaf if spec else as_row(leaf),
                 delta if spec else as_row(delta),
