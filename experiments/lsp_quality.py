@@ -35,7 +35,7 @@ from emloc_jax.offload import FitOptions, lsp_adamw
 from emloc_jax.training import make_schedule
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-GUESS = {"full": 1e-4, "lsp": 3e-4, "galore": 1e-3, "lora": 1e-3}
+GUESS = {"full": 1e-4, "lsp": 1e-4, "galore": 1e-3, "lora": 1e-3}
 METHODS = tuple(GUESS)
 WARMUP, CLIP = 4, 1.0
 FITS = ("projectors", "fitted", "errors")  # parts of the state of `lsp_adamw`

@@ -52,9 +52,9 @@ def lsp_adamw(
     so Adam's moments have the size of the subspace (`c`: see `normalize`). At the first step and
     then every `refit_every` steps the estimation error of each pair is measured; where it exceeds
     `fit.threshold` the values of P and Q are learnt on that gradient, from the present ones
-    (positions stay), and the moments carried over. The first fit happens before the first step. Everything is one pure
-    function of arrays: it runs inside the caller's own `jit`, under shardings, over stacked
-    (scanned) kernels, on any backend, and traces once.
+    (positions stay), and the moments carried over. The first fit happens before the first step.
+    Everything is one pure function of arrays: it runs inside the caller's own `jit`, under
+    shardings, over stacked (scanned) kernels, on any backend, and traces once.
 
     A step with a NaN or an infinity in any gradient that is used changes nothing: updates are
     zero, and only `state.skipped` counts up.
