@@ -9,9 +9,10 @@ import emloc_jax
 
 ROOT = Path(emloc_jax.__file__).parent
 # A room may import from itself and from the rooms listed for it.
-GROUND = {"errors", "_files"}
+GROUND = {"errors", "_bytes", "_files"}
 ALLOWED = {
     "errors": set(),
+    "_bytes": {"errors"},
     "_files": {"errors"},
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
@@ -20,8 +21,11 @@ ALLOWED = {
     "offload": GROUND | {"kernels", "models"},
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
     "training": GROUND | {"kernels", "offload"},
-    "cli": GROUND
+    "memory": GROUND
     | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"},
+    "cli": GROUND
+    | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"}
+    | {"memory"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 
