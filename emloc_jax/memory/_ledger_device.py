@@ -1,12 +1,13 @@
 """What JAX tells of the memory in use on its devices, and of page-locked host memory."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 
 from emloc_jax.memory._ledger_peak import Reading
 
-__all__ = ["device_readings", "pinned_bytes"]
+__all__ = ["allocator_statistics", "device_readings", "pinned_bytes"]
 
 
 def device_readings() -> tuple[Reading, ...]:
@@ -18,11 +19,16 @@ def device_readings() -> tuple[Reading, ...]:
 
 
 def _reading(device: jax.Device) -> Reading:
-    try:
-        stats = device.memory_stats() or {}
-    except Exception:  # a backend may refuse with an error of its own; a run must go on
-        return Reading()
+    stats = allocator_statistics(device)
     return Reading(stats.get("bytes_in_use"), stats.get("peak_bytes_in_use"))
+
+
+def allocator_statistics(device: jax.Device) -> Mapping[str, int]:
+    """What the device's allocator tells; empty if nothing."""
+    try:
+        return device.memory_stats() or {}
+    except Exception:  # a backend may refuse with an error of its own; a run must go on
+        return {}
 
 
 def pinned_bytes() -> int | None:
