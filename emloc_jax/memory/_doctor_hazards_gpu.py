@@ -82,20 +82,19 @@ def pinned_pool(facts: MachineFacts) -> Advice | None:
     if facts.host.container_limit is not None:
         host = min(host, facts.host.container_limit)
     room = max(1, host * 3 // 4 // 10**9)
-    source = "by default" if said is None else "as you set it"
     if limit * 10**9 > host:
         return Advice(
             "warning",
-            f"The pool of page-locked host memory may grow to {limit} GB ({source}); the host has "
+            f"The pool of page-locked host memory may grow to {limit} GB; the host has "
             f"{format_bytes(host)}.",
             "Page-locked memory is never given back to the system, so the run is killed, not "
             "refused, when it is too much.",
             f"Set {_POOL_LIMIT}={room}, three quarters of the host.",
         )
-    if limit < room:
+    if said is None and limit < room:
         return Advice(
             "note",
-            f"The pool of page-locked host memory ends at {limit} GB ({source}); the host has "
+            f"The pool of page-locked host memory ends at {limit} GB by default; the host has "
             f"{format_bytes(host)}.",
             "Weights, activations or moments kept in pinned_host beyond it fail to allocate.",
             f"Set {_POOL_LIMIT}={room}, three quarters of the host, if a plan needs more.",

@@ -12,13 +12,13 @@ class LinkRates:
     Attributes:
       link: name of the implementation.
       to_host: bytes per second down; None: no copy is made, the host looks at the same bytes.
-      to_device: bytes per second up; None: no copy is made.
+      to_device: bytes per second up.
       latency: seconds of a copy of nothing.
     """
 
     link: str
     to_host: float | None
-    to_device: float | None
+    to_device: float
     latency: float
 
 

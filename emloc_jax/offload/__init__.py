@@ -4,8 +4,8 @@ from emloc_jax.offload._adam import AdamOptions as AdamOptions
 from emloc_jax.offload._adam import SubspaceMoments as SubspaceMoments
 from emloc_jax.offload._adam import adam_direction as adam_direction
 from emloc_jax.offload._adam import init_moments as init_moments
-from emloc_jax.offload._apply import apply_update as apply_update
 from emloc_jax.offload._adam_update import host_update as host_update
+from emloc_jax.offload._apply import apply_update as apply_update
 from emloc_jax.offload._choose import Candidate as Candidate
 from emloc_jax.offload._choose import Choice as Choice
 from emloc_jax.offload._choose import choose as choose
