@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -18,12 +19,12 @@ def device_readings() -> tuple[Reading, ...]:
     return tuple(_reading(device) for device in jax.local_devices())
 
 
-def _reading(device: jax.Device) -> Reading:
+def _reading(device: Any) -> Reading:
     stats = allocator_statistics(device)
     return Reading(stats.get("bytes_in_use"), stats.get("peak_bytes_in_use"))
 
 
-def allocator_statistics(device: jax.Device) -> Mapping[str, int]:
+def allocator_statistics(device: Any) -> Mapping[str, int]:
     """What the device's allocator tells; empty if nothing."""
     try:
         return device.memory_stats() or {}

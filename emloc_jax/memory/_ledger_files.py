@@ -51,8 +51,10 @@ def bytes_left(
     total = 0
     for path, mark in after.items():
         old = before.get(path)
-        same = old is not None and old.inode == mark.inode
-        total += max(0, mark.size - old.size) if same else mark.size
+        if old is not None and old.inode == mark.inode:
+            total += max(0, mark.size - old.size)
+        else:
+            total += mark.size
     return total
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -66,7 +67,7 @@ def examine(folder: str | os.PathLike = ".", *, measure: bool = True) -> Machine
     )
 
 
-def _device_facts(device: jax.Device) -> DeviceFacts:
+def _device_facts(device: Any) -> DeviceFacts:
     statistics = allocator_statistics(device)
     default = device.default_memory().kind
     kinds = [memory.kind for memory in device.addressable_memories()]
@@ -81,7 +82,7 @@ def _device_facts(device: jax.Device) -> DeviceFacts:
 
 
 def _jax_facts() -> JaxFacts:
-    config = jax.config
+    config: Any = jax.config  # its attributes are made at run time
     return JaxFacts(
         backend=jax.default_backend(),
         x64=bool(config.jax_enable_x64),
