@@ -179,20 +179,23 @@ class Ledger:
 
     def table(self) -> Table:
         """For people: one line per stage. `<=`: below the peak of an earlier stage."""
-        table = Table(title="Ledger")
-        table.add_column("stage")
-        for name in ("seconds", "predicted", "device", "pinned", "resident", "written"):
+        columns = {
+            "seconds": [f"{row.seconds:.1f}" for row in self.rows],
+            "predicted": [_bytes(row.predicted_bytes, "") for row in self.rows],
+            "device": [_peak(row.device_peak) for row in self.rows],
+            "pinned": [_bytes(row.pinned_host_bytes) for row in self.rows],
+            "resident": [_peak(row.resident_peak) for row in self.rows],
+            "written": [_bytes(row.left_bytes) for row in self.rows],
+        }
+        absent = [name for name, cells in columns.items() if set(cells) == {_MISSING}]
+        table = Table(title="Ledger: peaks of memory, and bytes written")
+        table.caption = f"{_MISSING} here: {', '.join(absent)}" if absent else None
+        table.add_column("stage", no_wrap=True)
+        shown = {name: cells for name, cells in columns.items() if name not in absent}
+        for name in shown:
             table.add_column(name, justify="right")
-        for row in self.rows:
-            table.add_row(
-                row.stage,
-                f"{row.seconds:.1f}",
-                "" if row.predicted_bytes is None else format_bytes(row.predicted_bytes),
-                _peak(row.device_peak),
-                _bytes(row.pinned_host_bytes),
-                _peak(row.resident_peak),
-                _bytes(row.left_bytes),
-            )
+        for row, *cells in zip(self.rows, *shown.values(), strict=True):
+            table.add_row(row.stage, *cells)
         return table
 
 
@@ -209,8 +212,8 @@ def _since(before: int | None, after: int | None) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def _bytes(count: int | None) -> str:
-    return _MISSING if count is None else format_bytes(count)
+def _bytes(count: int | None, missing: str = _MISSING) -> str:
+    return missing if count is None else format_bytes(count)
 
 
 def _peak(peak: Peak | None) -> str:
