@@ -5,8 +5,8 @@ back on the original. Stages, in order:
 
     find_kernels -> calibrate -> compress -> init_adapters, attach, intercept -> correct -> merge
 
-Rooms: `kernels`, `models`, `emulator`, `adapters`, `offload`, `checkpoints`, `training`; the
-command line is `emloc`.
+Rooms: `kernels`, `models`, `emulator`, `adapters`, `offload`, `checkpoints`, `training`,
+`memory`; the command line is `emloc`.
 """
 
 from emloc_jax.adapters import Adapter as Adapter

@@ -9,9 +9,10 @@ import emloc_jax
 
 ROOT = Path(emloc_jax.__file__).parent
 # A room may import from itself and from the rooms listed for it.
-GROUND = {"errors", "_files"}
+GROUND = {"errors", "_bytes", "_files"}
 ALLOWED = {
     "errors": set(),
+    "_bytes": {"errors"},
     "_files": {"errors"},
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
@@ -21,6 +22,17 @@ ALLOWED = {
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
     "training": GROUND | {"kernels", "offload"},
     "streaming": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
+    "memory": GROUND
+    | {
+        "kernels",
+        "models",
+        "emulator",
+        "adapters",
+        "offload",
+        "checkpoints",
+        "training",
+        "streaming",
+    },
     "cli": GROUND
     | {
         "kernels",
@@ -31,6 +43,7 @@ ALLOWED = {
         "checkpoints",
         "training",
         "streaming",
+        "memory",
     },
 }
 FILES = sorted(path for path in ROOT.rglob("*.py"))

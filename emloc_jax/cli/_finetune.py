@@ -50,6 +50,7 @@ from emloc_jax.cli._stages import (
 )
 from emloc_jax.cli._task import task_of
 from emloc_jax.emulator import load_moments, save_moments
+from emloc_jax.memory import Ledger
 from emloc_jax.offload import PipelinedTrainer
 
 __all__ = ["finetune"]
@@ -132,7 +133,8 @@ class _Job:
     ):
         self.config, self.run, self.session = config, run, session
         self.train_data, self.test_data = train_data, test_data
-        self.report = RunReport(config.method)
+        self.ledger = Ledger(run.folder)
+        self.report = RunReport(config.method, ledger=self.ledger)
 
     def emloc(self) -> None:
         """Emulator, adapters trained on it, correction, merge."""
@@ -149,9 +151,11 @@ class _Job:
         choosing = calibration
         if config.correct.rows is not None:
             choosing = self.calibration(config.correct.rows)
-        corrected, limit, losses = correct_session(
-            session, adapters, emulator, config.correct, choosing, moments
-        )
+        with self.ledger.stage("correction"):
+            corrected, limit, losses = correct_session(
+                session, adapters, emulator, config.correct, choosing, moments
+            )
+            jax.block_until_ready(corrected)
         self.report.facts["correction_seconds"] = time.perf_counter() - began
         self.report.facts["correction limit"] = limit
         details = correction_report(
@@ -192,15 +196,16 @@ class _Job:
         config = self.config
         self.evaluate("zero-shot", trainer.params(), None)
         test = self.test_batches() if config.train.evaluate_every is not None else None
-        trained = train_lsp(
-            trainer,
-            self.training_batches(),
-            config.train,
-            folder=self.run.folder,
-            resume=self.run.resumed,
-            config=self.run_config(),
-            evaluate=self.test_loss(test) if test else None,
-        )
+        with self.ledger.stage("training"):
+            trained = train_lsp(
+                trainer,
+                self.training_batches(),
+                config.train,
+                folder=self.run.folder,
+                resume=self.run.resumed,
+                config=self.run_config(),
+                evaluate=self.test_loss(test) if test else None,
+            )
         self.report.facts["step_seconds"] = trained.result.seconds_per_step
         self.report.facts["tokens per second"] = trained.result.tokens_per_second
         self.report.facts |= lsp_facts(trainer)
@@ -239,10 +244,11 @@ class _Job:
         moments = load_moments(kept) if kept.exists() else None
         if moments is None and (not finished or config.correct.weighted):
             began = time.perf_counter()
-            moments = calibrate_session(session, calibration, config.emulator)
-            if moments is None and config.correct.weighted:  # plain SVD, weighted correction
-                paths = compressed_paths(session, config.emulator)
-                moments = input_moments(session, calibration, paths)
+            with self.ledger.stage("calibration"):
+                moments = calibrate_session(session, calibration, config.emulator)
+                if moments is None and config.correct.weighted:  # plain SVD, weighted correction
+                    paths = compressed_paths(session, config.emulator)
+                    moments = input_moments(session, calibration, paths)
             facts["calibration_seconds"] = time.perf_counter() - began
             if moments is not None and config.emulator.save_moments:
                 save_moments(kept, moments)
@@ -250,17 +256,11 @@ class _Job:
             emulator = jax.device_put(load_emulator(self.run / "emulator", session.base))
         else:
             began = time.perf_counter()
-            emulator, report = emulate(session, moments, config.emulator)
-            facts["factorization_seconds"] = time.perf_counter() - began
-            write_emulator(
-                self.run / "emulator",
-                session,
-                emulator,
-                report,
-                moments,
-                config.emulator,
-                config.seed,
-            )
+            with self.ledger.stage("factorization"):
+                emulator, report = emulate(session, moments, config.emulator)
+                facts["factorization_seconds"] = time.perf_counter() - began
+                folder, seed = self.run / "emulator", config.seed
+                write_emulator(folder, session, emulator, report, moments, config.emulator, seed)
         facts["original_bytes"] = byte_size(session.base.params)
         facts["emulator_bytes"] = byte_size(emulator)
         return emulator, moments
@@ -280,19 +280,21 @@ class _Job:
         def test_loss(trainables: Any) -> dict[str, float]:
             return of_params(trainables if combine is None else combine(trainables, frozen, None))
 
-        trained = train_on(
-            session,
-            trainables,
-            frozen,
-            combine,
-            batches,
-            config.train,
-            seed=config.seed,
-            folder=self.run.folder,
-            resume=self.run.resumed,
-            config=self.run_config(),
-            evaluate=test_loss if test else None,
-        )
+        with self.ledger.stage("training") as stage:
+            trained = train_on(
+                session,
+                trainables,
+                frozen,
+                combine,
+                batches,
+                config.train,
+                seed=config.seed,
+                folder=self.run.folder,
+                resume=self.run.resumed,
+                config=self.run_config(),
+                evaluate=test_loss if test else None,
+            )
+            stage.predicted = trained.memory
         facts = self.report.facts
         facts["training step_bytes"] = trained.memory
         batch = next(iter(batches))
@@ -315,9 +317,9 @@ class _Job:
         full = self.session.with_adapters(params, adapters)
         row = StageRow(name, parameter_count(full))
         if self.test_data is not None:
-            scores = score(
-                self.session, full, self.test_data, self.config.eval, self.config.data, name
-            )
+            config = self.config
+            with self.ledger.stage("evaluation"):
+                scores = score(self.session, full, self.test_data, config.eval, config.data, name)
             row = StageRow(name, row.parameters, scores.loss, scores.scores)
             if scores.report is not None:
                 file = f"answers/{name.replace(',', '').replace(' ', '_')}.json"
@@ -327,15 +329,14 @@ class _Job:
     def save_adapter(self, name: str, adapters: dict[str, Adapter], **extra: Any) -> None:
         """Writes a PEFT folder, unless a resumed run did so before."""
         if not self.run.has(name):
-            dropout = self.config.lora.dropout
-            save_adapter(
-                self.run / name, adapters, base=self.session.base, dropout=dropout, **extra
-            )
+            base, dropout = self.session.base, self.config.lora.dropout
+            with self.ledger.stage("export"):
+                save_adapter(self.run / name, adapters, base=base, dropout=dropout, **extra)
 
     def save_merged(self, params: Any) -> None:
         """Writes the merged model as a Hugging Face folder."""
         if not self.run.has("merged"):
-            with status("Writing the merged model"):
+            with status("Writing the merged model"), self.ledger.stage("merge"):
                 save_pretrained(self.run / "merged", params, like=self.session.base)
         say(f"The merged model is in {self.run / 'merged'}.")
 

@@ -20,12 +20,14 @@ Fine-tune a model in the memory you already need to run it.
 
   emloc demo                                      the whole story on a small real model
   emloc finetune --config configs/gsm8k.yaml      your model and data, from start to end
+  emloc doctor                                    what this machine offers, with advice
   emloc VERB --help                               every option of a verb, with its default
 
 Options are `key=value`, after an optional YAML file; the resolved configuration is written beside
 the results. An unknown key is an error. No existing output is overwritten."""
 
 _VERBS: dict[str, type] = {
+    "doctor": options.DoctorConfig,
     "plan": options.PlanConfig,
     "emulate": options.EmulateConfig,
     "finetune": options.FinetuneConfig,
@@ -92,6 +94,10 @@ def _runner(parsed: argparse.Namespace) -> Callable[[], Any]:
         from emloc_jax.cli._plan import run_plan
 
         return lambda: run_plan(config)
+    if parsed.verb == "doctor":
+        from emloc_jax.cli._doctor import run_doctor
+
+        return lambda: run_doctor(config)
     import emloc_jax.cli._verbs as verbs
 
     return lambda: getattr(verbs, f"run_{parsed.verb}")(config)

@@ -10,6 +10,7 @@ __all__ = [
     "CorrectConfig",
     "CorrectionOptions",
     "DataOptions",
+    "DoctorConfig",
     "EmulateConfig",
     "EmulatorOptions",
     "EvalConfig",
@@ -337,6 +338,15 @@ class PlanConfig:
     slowdown: float = option(1.1, "longest step, as a multiple of Adam in device memory")
     output: str | None = option(None, "new JSON file; null: only print")
     hardware: HardwareOptions = group(HardwareOptions)
+
+
+@dataclass
+class DoctorConfig:
+    """Look at this machine: memory, speeds, settings, and what to do about them."""
+
+    measure: bool = option(True, "measure speeds too, in seconds")
+    folder: str = option(".", "where runs will be written; its disk is looked at")
+    output: str | None = option(None, "new JSON file; null: only print")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from emloc_jax.cli._sizes import format_bytes
+from emloc_jax.memory import Ledger
 
 __all__ = ["RunReport", "StageRow"]
 
@@ -35,18 +36,25 @@ class RunReport:
       method: emloc, lora, full or lsp; eval.
       stages: evaluated models.
       facts: measured figures by name; bytes end in `_bytes`, times in `_seconds`.
+      ledger: what each stage took; a resumed run has the stages that it went through itself.
     """
 
     method: str
     stages: list[StageRow] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ledger: Ledger | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return dataclasses.asdict(self)
+        content = {
+            "method": self.method,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "facts": self.facts,
+        }
+        return content if self.ledger is None else content | {"ledger": self.ledger.to_dict()}
 
     def tables(self) -> list[Table]:
-        """The evaluated models, then the figures."""
+        """The evaluated models, the ledger, then the figures."""
         names = sorted({name for stage in self.stages for name in stage.scores})
         models = Table(title="Test rows")
         models.add_column("model")
@@ -61,7 +69,10 @@ class RunReport:
         figures.add_column(justify="right")
         for name, value in self.facts.items():
             figures.add_row(_label(name), _text(name, value))
-        return [table for table, rows in ((models, self.stages), (figures, self.facts)) if rows]
+        parts = [(models, self.stages), (figures, self.facts)]
+        if self.ledger is not None:
+            parts.insert(1, (self.ledger.table(), self.ledger.rows))
+        return [table for table, rows in parts if rows]
 
 
 def _label(name: str) -> str:

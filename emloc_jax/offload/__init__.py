@@ -4,10 +4,12 @@ from emloc_jax.offload._adam import AdamOptions as AdamOptions
 from emloc_jax.offload._adam import SubspaceMoments as SubspaceMoments
 from emloc_jax.offload._adam import adam_direction as adam_direction
 from emloc_jax.offload._adam import init_moments as init_moments
+from emloc_jax.offload._adam_update import host_update as host_update
 from emloc_jax.offload._apply import apply_update as apply_update
 from emloc_jax.offload._choose import Candidate as Candidate
 from emloc_jax.offload._choose import Choice as Choice
 from emloc_jax.offload._choose import choose as choose
+from emloc_jax.offload._container import container_memory as container_memory
 from emloc_jax.offload._cost_model import Hardware as Hardware
 from emloc_jax.offload._cost_model import Prediction as Prediction
 from emloc_jax.offload._cost_model import compare as compare
@@ -17,6 +19,7 @@ from emloc_jax.offload._error import estimation_error as estimation_error
 from emloc_jax.offload._fit import fit as fit
 from emloc_jax.offload._fit_options import FitOptions as FitOptions
 from emloc_jax.offload._fit_options import FitReport as FitReport
+from emloc_jax.offload._host_memory import free_host_memory as free_host_memory
 from emloc_jax.offload._lane_times import LaneTimes as LaneTimes
 from emloc_jax.offload._lane_times import closed_form as closed_form
 from emloc_jax.offload._link import DevicePutLink as DevicePutLink
@@ -25,7 +28,10 @@ from emloc_jax.offload._link import PinnedHostLink as PinnedHostLink
 from emloc_jax.offload._link import SimulatedLink as SimulatedLink
 from emloc_jax.offload._lsp_adamw import lsp_adamw as lsp_adamw
 from emloc_jax.offload._lsp_state import LspState as LspState
+from emloc_jax.offload._measure import CopyRates as CopyRates
 from emloc_jax.offload._measure import measure_hardware as measure_hardware
+from emloc_jax.offload._measure import measure_link as measure_link
+from emloc_jax.offload._measure import shortest_time as shortest_time
 from emloc_jax.offload._measured_times import measured_times as measured_times
 from emloc_jax.offload._options import PipelineOptions as PipelineOptions
 from emloc_jax.offload._pairs import make_pairs as make_pairs

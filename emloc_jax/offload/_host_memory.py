@@ -8,12 +8,12 @@ from typing import Any
 
 from emloc_jax.errors import PlanError
 from emloc_jax.kernels import flatten_leaves
+from emloc_jax.offload._container import container_memory
 from emloc_jax.offload._update_programs import UpdatePrograms
 
 __all__ = ["check_host_memory", "free_host_memory", "moment_bytes"]
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")  # of a container, say
 
 
 def moment_bytes(
@@ -64,9 +64,5 @@ def free_host_memory() -> int:
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 free = 1024 * int(value.split()[0])
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and used.exists():
-        most = limit.read_text(encoding="ascii").strip()
-        if most != "max":
-            free = min(free, max(0, int(most) - int(used.read_text(encoding="ascii"))))
-    return free
+    container = container_memory()
+    return free if container is None else min(free, container.free)

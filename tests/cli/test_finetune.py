@@ -25,6 +25,26 @@ def our_logits(folder):
     return np.asarray(base.model.apply({"params": base.params}, TOKENS))
 
 
+def check_ledger(report, run):
+    """Every stage is there, once, and its files are those of the folders that it made."""
+    rows = {row["stage"]: row for row in report["ledger"]["stages"]}
+    assert list(rows) == [
+        "evaluation", "calibration", "factorization", "training", "export", "correction", "merge"
+    ]  # fmt: skip
+    assert {name: row["visits"] for name, row in rows.items() if row["visits"] > 1} == {
+        "evaluation": 4,
+        "export": 2,
+    }
+    assert rows["training"]["predicted_bytes"] == report["facts"]["training step_bytes"]
+    folders = {"merge": ["merged"], "factorization": ["emulator"]}
+    folders["export"] = ["adapter", "adapter_corrected"]
+    for stage, names in folders.items():
+        files = [p for name in names for p in (run / name).rglob("*") if p.is_file()]
+        assert rows[stage]["left_bytes"] == sum(p.stat().st_size for p in files)
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["resident_peak"]["at_most"] > 2**20
+
+
 @pytest.mark.parametrize("scan", ["true", "false"])
 def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
     run = tmp_path / "run"
@@ -43,6 +63,7 @@ def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
         "adapter on the original, corrected",
     ]
     assert report["stages"][1]["parameters"] < report["stages"][0]["parameters"]
+    check_ledger(report, run)
     losses = json.loads((run / "correction.json").read_text())["calibration_loss"]
     chosen = str(report["facts"]["correction limit"])
     assert losses[chosen] == min(losses.values()) <= losses["0.0"]
@@ -75,6 +96,8 @@ def test_the_other_methods(tmp_path, model_folder, common, method):
     extra = [f"method={method}", f"output={run}", "eval.scores=[]", "train.evaluate_every=3"]
     assert main(["finetune", *common, *extra]) == 0
     report = json.loads((run / "report.json").read_text())
+    ledger = [row["stage"] for row in report["ledger"]["stages"]]
+    assert ledger == ["evaluation", "training", *(["export"] if method == "lora" else []), "merge"]
     before, after = (stage["loss"] for stage in report["stages"])
     assert after < before
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

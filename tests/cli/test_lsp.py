@@ -29,6 +29,8 @@ def test_lsp_leaves_a_model_that_torch_reads(tmp_path, model_folder, common):
     zero, tuned = report["stages"]
     assert (zero["name"], tuned["name"]) == ("zero-shot", "all parameters tuned")
     assert tuned["loss"] < zero["loss"]
+    ledger = [row["stage"] for row in report["ledger"]["stages"]]
+    assert ledger == ["evaluation", "training", "merge"]
     facts = report["facts"]
     assert facts["checks of the projectors"] == 2
     assert facts["estimation error, fitted"] < facts["estimation error, unfitted"]
