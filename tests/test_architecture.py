@@ -9,10 +9,13 @@ import emloc_jax
 
 ROOT = Path(emloc_jax.__file__).parent
 # A room may import from itself and from the rooms listed for it.
-GROUND = {"errors", "_files"}
+GROUND = {"errors", "_files", "_bytes", "_compiling", "_program_memory"}
 ALLOWED = {
     "errors": set(),
     "_files": {"errors"},
+    "_bytes": {"errors"},
+    "_compiling": set(),
+    "_program_memory": set(),
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
     "emulator": GROUND | {"kernels"},
@@ -20,8 +23,11 @@ ALLOWED = {
     "offload": GROUND | {"kernels", "models"},
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
     "training": GROUND | {"kernels", "offload"},
-    "cli": GROUND
+    "memory": GROUND
     | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"},
+    "cli": GROUND
+    | {"kernels", "models", "emulator", "adapters", "offload", "checkpoints", "training"}
+    | {"memory"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 

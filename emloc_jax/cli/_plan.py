@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax._files import check_new
 from emloc_jax.checkpoints import load_pretrained
 from emloc_jax.cli._console import results, status
 from emloc_jax.cli._options import HardwareOptions, PlanConfig
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import packaged
-from emloc_jax.cli._sizes import format_bytes, parse_bytes
 from emloc_jax.errors import CheckpointError, ConfigError
 from emloc_jax.kernels import flatten_leaves
 from emloc_jax.models import CausalModel, block_stack, model_from_hf

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from emloc_jax._compiling import loop_options
 from emloc_jax.emulator._moments import SecondMoment
 from emloc_jax.errors import NonFiniteError, NoTokensError, UnsupportedKernelError
 from emloc_jax.kernels import KernelSpec, TappedKernel, get_leaf, intercept, set_leaves
@@ -158,7 +159,7 @@ def _make_step(
         cotangents = jax.grad(scalar)(jax.tree.map(jnp.zeros_like, sums))
         return jax.tree.map(jnp.add, sums, cotangents)
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, compiler_options=loop_options())
 
 
 def _loss(outputs: Any) -> jax.Array:

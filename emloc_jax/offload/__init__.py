@@ -1,5 +1,6 @@
 """LSP-Offload: fine-tune all weights with compressed gradients and the host's memory."""
 
+from emloc_jax._program_memory import ProgramMemory as ProgramMemory
 from emloc_jax.offload._adam import AdamOptions as AdamOptions
 from emloc_jax.offload._adam import SubspaceMoments as SubspaceMoments
 from emloc_jax.offload._adam import adam_direction as adam_direction
@@ -33,7 +34,6 @@ from emloc_jax.offload._plan import Plan as Plan
 from emloc_jax.offload._plan import default_rules as default_rules
 from emloc_jax.offload._plan import make_plan as make_plan
 from emloc_jax.offload._plan import match_treatments as match_treatments
-from emloc_jax.offload._program_memory import ProgramMemory as ProgramMemory
 from emloc_jax.offload._program_memory import program_memory as program_memory
 from emloc_jax.offload._rounding import Rounding as Rounding
 from emloc_jax.offload._rounding import rounding_state as rounding_state
