@@ -1,0 +1,12 @@
+"""The memory contract: what every stage of a run takes, before anything is allocated."""
+from emloc_jax.memory._abstract_emulator import abstract_adapters as abstract_adapters
+from emloc_jax.memory._abstract_emulator import abstract_emulator as abstract_emulator
+from emloc_jax.memory._abstract_model import AbstractModel as AbstractModel
+from emloc_jax.memory._abstract_model import abstract_model as abstract_model
+from emloc_jax.memory._setting import Setting as Setting
+from emloc_jax.memory._stage import Program as Program
+from emloc_jax.memory._stage import Stage as Stage
+from emloc_jax.memory._stage import StageMemory as StageMemory
+from emloc_jax.memory._stage import measure_stage as measure_stage
+from emloc_jax.memory._target import Target as Target
+from emloc_jax.memory._target import target_named as target_named
