@@ -1,8 +1,14 @@
 """The memory contract: what every stage of a run takes, before anything is allocated."""
+
 from emloc_jax.memory._abstract_emulator import abstract_adapters as abstract_adapters
 from emloc_jax.memory._abstract_emulator import abstract_emulator as abstract_emulator
 from emloc_jax.memory._abstract_model import AbstractModel as AbstractModel
 from emloc_jax.memory._abstract_model import abstract_model as abstract_model
+from emloc_jax.memory._methods import methods as methods
+from emloc_jax.memory._methods import register_method as register_method
+from emloc_jax.memory._plan import Budget as Budget
+from emloc_jax.memory._plan import Plan as Plan
+from emloc_jax.memory._plan import Planner as Planner
 from emloc_jax.memory._setting import Setting as Setting
 from emloc_jax.memory._stage import Program as Program
 from emloc_jax.memory._stage import Stage as Stage

@@ -12,6 +12,9 @@ from emloc_jax.errors import ConfigError
 __all__ = ["Target", "target_named"]
 
 _GIB = 2**30
+# XLA computes again what does not fit, near the limit of a card. A plan says what a program takes
+# without that.
+_UNLIMITED = 2**42
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _description(card: _Card) -> str:
           memory_bandwidth: {int(card.bandwidth)}
           l2_cache_size: {card.l2}
           clock_rate_ghz: {card.clock}
-          device_memory_size: {card.memory}
+          device_memory_size: {_UNLIMITED}
           cuda_compute_capability {{ major: {major} minor: {minor} }}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
         }}

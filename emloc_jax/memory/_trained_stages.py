@@ -50,9 +50,7 @@ def lora_training(abstract: AbstractModel, setting: Setting, target: Target) -> 
     yield _on_frozen("train", "lora", abstract, abstract.params, setting, target)
 
 
-def emulator_training(
-    abstract: AbstractModel, setting: Setting, target: Target
-) -> Iterator[Stage]:
+def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the emulator."""
     frozen = abstract_emulator(abstract, setting)
     resident = {}

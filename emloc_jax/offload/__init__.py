@@ -9,6 +9,7 @@ from emloc_jax.offload._apply import apply_update as apply_update
 from emloc_jax.offload._choose import Candidate as Candidate
 from emloc_jax.offload._choose import Choice as Choice
 from emloc_jax.offload._choose import choose as choose
+from emloc_jax.offload._cost_memory import projector_bytes as projector_bytes
 from emloc_jax.offload._cost_model import Hardware as Hardware
 from emloc_jax.offload._cost_model import Prediction as Prediction
 from emloc_jax.offload._cost_model import compare as compare

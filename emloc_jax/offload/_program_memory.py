@@ -34,8 +34,9 @@ def program_memory(
     schedule: str = "lsp",
     options: PipelineOptions = PipelineOptions(),
     inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    device: jax.Device | None = None,
 ) -> dict[str, ProgramMemory]:
-    """What each program of a `PipelinedTrainer` needs on the default device.
+    """What each program of a `PipelinedTrainer` needs on a device.
 
     Compiles them, and allocates nothing but the projectors of one block: shapes suffice for
     parameters and batch, so a model that does not fit here can be looked at. Programs of the passes
@@ -44,6 +45,7 @@ def program_memory(
     Args:
       stack, params, head_loss, batch, schedule, options, inputs: as for `PipelinedTrainer`; of the
         products of projectors 'auto' counts as 'sparse'.
+      device: what to compile for; None: the default device.
 
     Returns:
       By name: `embed`, `forward`, `head`, `backward`; where anything crosses the link `apply`, and
@@ -61,10 +63,11 @@ def program_memory(
     outer = OuterPrograms(
         stack.embed, inputs, head_loss, planned.outer_updates, wire=options.wire_dtype
     )
-    lowered = dict(_outer(planned, outer, shapes[1]))
-    lowered |= dict(_block(planned, shapes[0], options))
-    found = {name: analysed(program) for name, program in lowered.items()}
-    fits = [analysed(program) for program in _fits(planned, shapes[0])]
+    with jax.default_device(device):  # of shapes only from here on
+        lowered = dict(_outer(planned, outer, shapes[1]))
+        lowered |= dict(_block(planned, shapes[0], options))
+        found = {name: analysed(program) for name, program in lowered.items()}
+        fits = [analysed(program) for program in _fits(planned, shapes[0])]
     return found | ({"fit": max(fits, key=lambda memory: memory.added)} if fits else {})
 
 
