@@ -6,6 +6,7 @@ import jax
 
 from emloc_jax.kernels import find_kernels, intercept
 from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
@@ -25,6 +26,7 @@ _MOMENTS = 8  # bytes of mu and nu
 _WIRE = 4  # bytes of a number on the link, by default
 
 
+@depends_on("batch_size", "length", "accumulation", "chunk", "subspace", "nnz")
 def lsp_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """A step of the pipelined trainer with its defaults: kernels of the blocks in subspaces.
 
@@ -33,7 +35,7 @@ def lsp_training(abstract: AbstractModel, setting: Setting, target: Target) -> I
     simulates the lanes of a machine whose figures are known.)
     """
     subspace = int(setting.subspace) if setting.subspace > 1 else float(setting.subspace)
-    batch = setting.batch(setting.batch_size // setting.accumulation)
+    batch = setting.batch(setting.micro_batch)
     with target.compiling():
         stack = block_stack(abstract.model, wrap=intercept)
         head_loss = make_head_loss(intercept(abstract.model.apply), chunk=setting.chunk)

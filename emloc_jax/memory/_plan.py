@@ -6,6 +6,7 @@ from typing import Any
 
 from emloc_jax._bytes import format_bytes
 from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import relevant
 from emloc_jax.memory._methods import StageMaker, stages_of
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import StageMemory, measure_stage
@@ -105,7 +106,7 @@ class Planner:
     def __init__(self, abstract: AbstractModel, target: Target | None = None):
         self.abstract = abstract
         self.target = target_named() if target is None else target
-        self._known: dict[tuple[StageMaker, Setting], tuple[StageMemory, ...]] = {}
+        self._known: dict[Any, tuple[StageMemory, ...]] = {}
 
     def plan(self, methods: Sequence[str], setting: Setting) -> Plan:
         """Figures of every stage of some methods.
@@ -119,7 +120,7 @@ class Planner:
         return Plan(self.abstract.name, self.target.name, setting, tuple(stages))
 
     def _measured(self, maker: StageMaker, setting: Setting) -> tuple[StageMemory, ...]:
-        key = (maker, setting)
+        key = (maker, relevant(maker, setting))
         if key not in self._known:
             made = maker(self.abstract, setting, self.target)
             self._known[key] = tuple(measure_stage(stage) for stage in made)

@@ -67,6 +67,11 @@ class Setting:
                 "micro-batches; make it a multiple."
             )
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows that are on their way through the model at once."""
+        return self.batch_size // self.accumulation
+
     def batch(self, rows: int | None = None) -> dict[str, Any]:
         """Shapes of a batch, as `pad_examples` makes it.
 
@@ -84,7 +89,8 @@ class Setting:
         return dataclasses.replace(self, **changes)
 
     def __str__(self):
+        parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
         return (
-            f"ratio {self.ratio:g}, {self.batch_size} x {self.length} tokens, chunk {self.chunk}, "
-            f"remat {'on' if self.remat else 'off'}"
+            f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
+            f"chunk={self.chunk}, remat={str(self.remat).lower()}"
         )

@@ -18,6 +18,7 @@ from emloc_jax.emulator import calibration_step, factorize, zero_sums
 from emloc_jax.kernels import KernelSpec, find_kernels, flatten_leaves, intercept
 from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator, compressed
 from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
@@ -27,6 +28,7 @@ from emloc_jax.training import make_head_loss
 __all__ = ["calibration", "correction", "factorization", "merging"]
 
 
+@depends_on("length", "chunk", "where", "calibration_rows", "calibration_batch", "gradients")
 def calibration(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Second moments of one block at a time, over a batch of calibration rows.
 
@@ -75,6 +77,7 @@ def calibration(abstract: AbstractModel, setting: Setting, target: Target) -> It
     )
 
 
+@depends_on("ratio", "where", "gradients")
 def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Factoring one kernel of one layer at a time, with its moments."""
     programs = {}
@@ -98,6 +101,7 @@ def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> 
     )
 
 
+@depends_on("ratio", "where", "lora_where", "lora_rank")
 def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Correcting the adapter of one kernel of one layer at a time."""
     adapters = abstract_adapters(abstract, setting)
@@ -126,6 +130,7 @@ def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Ite
     yield Stage("correct", "emloc", programs, resident)
 
 
+@depends_on("lora_where", "lora_rank")
 def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Adding one kernel's adapter to it at a time."""
     adapters = abstract_adapters(abstract, setting)

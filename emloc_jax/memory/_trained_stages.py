@@ -11,6 +11,7 @@ from emloc_jax.adapters import attach
 from emloc_jax.kernels import intercept
 from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator
 from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
@@ -24,12 +25,17 @@ from emloc_jax.training import (
 
 __all__ = ["emulator_training", "full_training", "inference", "lora_training"]
 
+_BATCH = ("batch_size", "length", "accumulation")
+_STEP = (*_BATCH, "chunk", "remat")
+_LORA = (*_STEP, "lora_where", "lora_rank")
 
+
+@depends_on(*_BATCH)
 def inference(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Running the original: a pass over a batch, and the logits of the last token of each row.
 
-    That is what the first token of every answer takes, and what other stages are compared with.
-    The cache of longer answers comes on top.
+    That is what the first token of every answer takes, and what other stages are compared with, at
+    the rows of a micro-batch. The cache of longer answers comes on top.
     """
     with target.compiling():
         apply = intercept(abstract.model.apply)
@@ -38,18 +44,20 @@ def inference(abstract: AbstractModel, setting: Setting, target: Target) -> Iter
             hidden = apply({"params": params}, batch["tokens"], method="hidden")
             return apply({"params": params}, hidden[:, -1], method="logits")
 
-        batch = {"tokens": setting.batch()["tokens"]}
+        batch = {"tokens": setting.batch(setting.micro_batch)["tokens"]}
         program = jax.jit(infer, compiler_options=loop_options())
         lowered = target.lower(program, abstract.params, batch)
     arguments = {"parameters": tree_bytes(abstract.params)}
     yield Stage("inference", "inference", {"forward": Program(lowered, arguments)})
 
 
+@depends_on(*_LORA)
 def lora_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the original, all of it on the device."""
     yield _on_frozen("train", "lora", abstract, abstract.params, setting, target)
 
 
+@depends_on(*_LORA, "ratio", "where", "original_on_device")
 def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the emulator."""
     frozen = abstract_emulator(abstract, setting)
@@ -60,6 +68,7 @@ def emulator_training(abstract: AbstractModel, setting: Setting, target: Target)
     yield _on_frozen("train", "emloc", abstract, frozen, setting, target, resident)
 
 
+@depends_on(*_STEP, "original_on_device")
 def full_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Adam on all parameters, with fp32 masters, as `finetune` trains them."""
     masters = jax.tree.map(
