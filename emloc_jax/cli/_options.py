@@ -314,25 +314,58 @@ class HardwareOptions:
 
 @dataclass
 class PlanConfig:
-    """Predict time and memory of a step and choose settings, without allocating anything."""
+    """Say what a run will take, and find settings that fit, without allocating anything."""
 
-    method: Literal["lsp"] = option("lsp", "what is planned")
-    source: str = option(
-        MISSING, "Hugging Face folder (its config.json suffices) or hub id, a .gguf, or 'smollm2'"
+    method: Literal["all", "inference", "lora", "full", "emloc", "lsp"] = option(
+        "all",
+        "whose stages are planned, beside inference; lsp: also its time on a machine, from the "
+        "figures under hardware",
     )
+    source: str = option(
+        MISSING,
+        "Hugging Face folder or config.json (no weights needed), hub id, a .gguf, or 'smollm2'",
+    )
+    target: str = option(
+        "here",
+        "device to compile for: here, or a card that is not: rtx3090, rtx4090, a100, h100 (needs "
+        "JAX's CUDA plugin)",
+    )
+    device_memory: str | None = option(None, "budget, e.g. 24GiB; null: the card's, or none")
+    host_memory: str | None = option(None, "budget of the host, e.g. 64GiB; null: none")
+    search: bool = option(False, "find the largest ratio, batch, length and chunk that fit")
     dtype: Dtype = option("bfloat16", "dtype of the parameters")
-    batch_size: int = option(4, "rows per micro-batch")
+    compute_dtype: Dtype = option("bfloat16", "dtype of activations and matrix products")
+    batch_size: int = option(1, "rows per micro-batch")
     length: int = option(1024, "tokens per row")
     accumulation: int = option(1, "micro-batches per step")
-    clip: bool = option(False, "gradients are clipped, so no update starts in the backward pass")
-    train: dict[str, str] | None = option(None, "treatments, as lsp.train of finetune")
-    product: Literal["sparse", "dense"] = option("sparse", "products with projectors")
-    rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
-        "nearest", "how updates of bfloat16 parameters are rounded"
+    ratio: float = option(0.5, "of the emulator: kept parameters / original parameters")
+    where: list[str] = option(["layers/.*"], "regular expressions: kernels to compress")
+    lora_rank: int = option(8, "rank of the adapters")
+    lora_where: list[str] = option(["layers/.*"], "kernels that get an adapter")
+    chunk: int = option(256, "tokens whose logits live at once")
+    remat: bool = option(True, "recompute each block in the backward pass")
+    weighting: Literal["two_sided", "one_sided"] = option(
+        "two_sided", "what calibration measures, see emulator.weighting of finetune"
     )
-    link: Literal["plain", "pinned"] = option("plain", "which copies are measured")
-    slowdown: float = option(1.1, "longest step, as a multiple of Adam in device memory")
+    calibration_rows: int = option(128, "training rows that calibrate")
+    calibration_batch: int = option(1, "of them at a time")
+    original_on_device: bool = option(
+        False, "the original stays on the device while the emulator trains"
+    )
+    subspace: float = option(0.5, "size of LSP-Offload's gradients: a fraction, or from 2 a number")
+    nnz: int = option(4, "non-zeros per row of its projectors")
     output: str | None = option(None, "new JSON file; null: only print")
+    figure: str | None = option(None, "new PNG with the stages as bars; needs matplotlib")
+    clip: bool = option(
+        False, "lsp: gradients are clipped, so no update starts in the backward pass"
+    )
+    train: dict[str, str] | None = option(None, "lsp: treatments, as lsp.train of finetune")
+    product: Literal["sparse", "dense"] = option("sparse", "lsp: products with projectors")
+    rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
+        "nearest", "lsp: how updates of bfloat16 parameters are rounded"
+    )
+    link: Literal["plain", "pinned"] = option("plain", "lsp: which copies are measured")
+    slowdown: float = option(1.1, "lsp: longest step, as a multiple of Adam in device memory")
     hardware: HardwareOptions = group(HardwareOptions)
 
 

@@ -26,7 +26,7 @@ def config_only(tmp_path, model_folder):
 
 def test_a_config_is_enough(tmp_path, config_only, capsys):
     output = tmp_path / "plan.json"
-    arguments = ["plan", f"source={config_only}", *FIGURES, f"output={output}"]
+    arguments = ["plan", "method=lsp", f"source={config_only}", *FIGURES, f"output={output}"]
     assert main([*arguments, "batch_size=2", "length=64", "slowdown=50"]) == 0
     assert "native" in capsys.readouterr().out
     plan = json.loads(output.read_text())
@@ -51,7 +51,7 @@ def test_a_config_is_enough(tmp_path, config_only, capsys):
 )
 def test_what_cannot_be_planned(tmp_path, config_only, capsys, extra, words):
     output = tmp_path / "plan.json"
-    arguments = ["plan", f"source={config_only}", *FIGURES, f"output={output}"]
+    arguments = ["plan", "method=lsp", f"source={config_only}", *FIGURES, f"output={output}"]
     assert main([*arguments, *extra]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
