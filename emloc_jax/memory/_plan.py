@@ -36,6 +36,16 @@ class Budget:
             if limit is not None and used > limit
         }
 
+    def excess(self, *, device: int, host: int) -> int:
+        """Bytes above the limit that is exceeded most; negative if all fits, by the least margin.
+
+        Example:
+          >>> Budget(device=10).excess(device=8, host=99)
+          -2
+        """
+        spaces = ((device, self.device), (host, self.host))
+        return max((used - limit for used, limit in spaces if limit is not None), default=0)
+
     def __str__(self):
         given = {"device memory": self.device, "host memory": self.host}
         limits = [f"{format_bytes(size)} of {k}" for k, size in given.items() if size is not None]
@@ -116,10 +126,11 @@ class Planner:
           EmlocError: a setting that does not fit the model.
         """
         makers = [maker for method in methods for maker in stages_of(method)]
-        stages = [stage for maker in makers for stage in self._measured(maker, setting)]
+        stages = [stage for maker in makers for stage in self.stages(maker, setting)]
         return Plan(self.abstract.name, self.target.name, setting, tuple(stages))
 
-    def _measured(self, maker: StageMaker, setting: Setting) -> tuple[StageMemory, ...]:
+    def stages(self, maker: StageMaker, setting: Setting) -> tuple[StageMemory, ...]:
+        """Figures of the stages of one maker (see `register_method`)."""
         key = (maker, relevant(maker, setting))
         if key not in self._known:
             made = maker(self.abstract, setting, self.target)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from emloc_jax.errors import ConfigError
+from emloc_jax.memory._methods import StageMaker, stages_of
 from emloc_jax.memory._plan import Budget, Planner
 from emloc_jax.memory._setting import Setting
 
@@ -12,6 +13,7 @@ __all__ = ["KNOBS", "Knob", "largest", "largest_index"]
 Knob = Callable[[Setting, int], Setting]
 
 _MOST = 2**20
+_TOKENS = 64  # step of lengths
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -24,18 +26,18 @@ def _batch_size(setting: Setting, index: int) -> Setting:
 
 
 def _length(setting: Setting, index: int) -> Setting:
-    return setting.replace(length=16 * index)
+    return setting.replace(length=_TOKENS * index)
 
 
 def _chunk(setting: Setting, index: int) -> Setting:
     return setting.replace(chunk=_CHUNKS[index - 1])
 
 
-KNOBS: dict[str, tuple[Knob, int]] = {
-    "ratio": (_ratio, 99),
-    "batch_size": (_batch_size, _MOST),
-    "length": (_length, _MOST),
-    "chunk": (_chunk, len(_CHUNKS)),
+KNOBS: dict[str, Knob] = {
+    "ratio": _ratio,
+    "batch_size": _batch_size,
+    "length": _length,
+    "chunk": _chunk,
 }
 
 
@@ -50,17 +52,18 @@ def largest(
 ) -> Setting | None:
     """The setting with the largest value of one knob that fits, all else as it is.
 
-    What is returned was compiled and fits, and so was the next larger value, which does not (unless
-    there is none).
+    What is returned was compiled, in every stage, and fits; the next larger value was compiled in
+    the stage that does not fit there (unless there is no larger one).
 
     Args:
       planner: of the model and the device.
       methods: whose stages must fit.
       setting: with any value of the knob.
       budget: bytes allowed.
-      knob: `ratio` in steps of 0.01, `batch_size` in rows per micro-batch, `length` in steps of 16
+      knob: `ratio` in steps of 0.01, `batch_size` in rows per micro-batch, `length` in steps of 64
         tokens, or `chunk` in powers of two.
-      most: largest value to try of `batch_size` or `length`.
+      most: largest value to try of `batch_size` or `length`; a length also ends where the model
+        does.
 
     Returns:
       None if not even the smallest value fits.
@@ -72,30 +75,62 @@ def largest(
         raise ConfigError(f"'{knob}' cannot be searched; known are {', '.join(KNOBS)}.")
     if budget.device is None and budget.host is None:
         raise ConfigError("A search needs a budget: give the device's memory, or the host's.")
-    move, limit = KNOBS[knob]
-    if most is not None and knob in ("batch_size", "length"):
-        limit = max(1, most // 16 if knob == "length" else most)
+    move = KNOBS[knob]
+    limit = _limit(planner, setting, knob, most)
 
-    def excess(index: int) -> int:
-        plan = planner.plan(methods, move(setting, index))
-        spaces = ((plan.device, budget.device), (plan.host, budget.host))
-        return max(used - limit for used, limit in spaces if limit is not None)
+    def excess(maker: StageMaker) -> Callable[[int], int]:
+        return lambda index: max(
+            budget.excess(device=stage.device, host=sum(stage.host.values()))
+            for stage in planner.stages(maker, move(setting, index))
+        )
 
-    index = largest_index(excess, limit)
-    return None if index is None else move(setting, index)
+    makers = [maker for method in methods for maker in stages_of(method)]
+    by_size = sorted(makers, key=lambda maker: -excess(maker)(1))
+    for number, maker in enumerate(by_size):  # what needs most decides, the others are asked once
+        ask_last = number > 0 or knob == "chunk"
+        index = largest_index(excess(maker), limit, guess=limit if ask_last else None)
+        if index is None:
+            return None
+        limit = index
+    return move(setting, limit)
 
 
-def largest_index(excess: Callable[[int], int], limit: int) -> int | None:
+def _limit(planner: Planner, setting: Setting, knob: str, most: int | None) -> int:
+    """The last position of a knob that makes a difference."""
+    match knob:
+        case "ratio":
+            return 99
+        case "chunk":
+            tokens = setting.micro_batch * setting.length
+            return 1 + next((i for i, c in enumerate(_CHUNKS) if c >= tokens), len(_CHUNKS) - 1)
+        case "batch_size":
+            return _MOST if most is None else most
+        case _:
+            known = getattr(planner.abstract.model.config, "max_position_embeddings", None)
+            ends = [size for size in (most, known, _MOST) if size is not None]
+            return max(1, min(ends) // _TOKENS)
+
+
+def largest_index(
+    excess: Callable[[int], int], limit: int, *, guess: int | None = None
+) -> int | None:
     """The largest index from 1 to `limit` whose excess is at most 0; None if there is none.
 
     Excesses must not fall with the index. They are nearly straight lines, so that a secant finds
     the place in a few steps; halving the interval in between keeps that true of any line.
+
+    Args:
+      excess: of an index.
+      limit: the largest index.
+      guess: an index to ask first; if it is the limit and fits, nothing else is asked.
 
     Example:
       >>> asked = []
       >>> largest_index(lambda i: asked.append(i) or 7 * i - 1000, 10**6), len(asked) < 10
       (142, True)
     """
+    if guess == limit and excess(limit) <= 0:
+        return limit
     first = excess(1)
     if first > 0:
         return None
