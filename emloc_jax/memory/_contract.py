@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from emloc_jax._bytes import format_bytes
 from emloc_jax.errors import PlanError
+from emloc_jax.memory._methods import stages_of
 from emloc_jax.memory._plan import Budget, Plan, Planner
 from emloc_jax.memory._search import largest
 from emloc_jax.memory._setting import Setting
@@ -69,14 +70,20 @@ def nearest(
         setting = candidate
         if planner.plan(methods, setting).fits(budget):
             return setting
-    knobs = (["ratio"] if "emloc" in methods else []) + ["batch_size", "length"]
-    for knob in knobs:
+    for knob in _knobs(methods):
         most = setting.micro_batch if knob == "batch_size" else setting.length
         found = largest(planner, methods, setting, budget, knob, most=most)
         if found is not None:
             return found
         setting = _lowest(setting, knob)
     return None
+
+
+def _knobs(methods: Sequence[str]) -> list[str]:
+    """What can be turned down at a price, the cheapest first."""
+    makers = [maker for method in methods for maker in stages_of(method)]
+    emulated = any("ratio" in getattr(maker, "fields", ()) for maker in makers)
+    return [*(["ratio"] if emulated else []), "batch_size", "length"]
 
 
 def smallest(setting: Setting) -> Setting:
