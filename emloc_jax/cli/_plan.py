@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from rich.box import SIMPLE
 from rich.table import Table
 
 from emloc_jax._bytes import format_bytes, parse_bytes
@@ -31,6 +32,8 @@ from emloc_jax.memory import (
 )
 
 __all__ = ["run_plan"]
+
+_WIDTH = 120
 
 
 def run_plan(config: PlanConfig) -> None:
@@ -62,12 +65,12 @@ def run_plan(config: PlanConfig) -> None:
     asked = list(dict.fromkeys(asked))
     with status(f"Compiling the stages of {config.source}"):
         plan = planner.plan(asked, setting)
-    results.print(_table(plan, budget))
+    _print(_table(plan, budget))
     found: dict[str, Any] = {}
     if config.search:
         with status("Searching settings that fit"):
             found = _search(planner, config, setting, budget)
-        results.print(_search_table(found, config.method, budget))
+        _print(_search_table(found, config.method, budget))
     if config.output is not None:
         write_json(Path(config.output), _content(plan, budget, found))
     if config.figure is not None:
@@ -76,6 +79,15 @@ def run_plan(config: PlanConfig) -> None:
     if config.method not in ("all", "inference"):
         with status("Looking for a setting that fits"):
             require_fits(planner, [config.method], setting, budget)
+
+
+def _print(table: Table) -> None:
+    """As wide as the figures need where no screen ends."""
+    width = results.width
+    if not results.is_terminal:
+        results.width = max(width, _WIDTH)
+    results.print(table)
+    results.width = width
 
 
 def _setting(config: PlanConfig) -> Setting:
@@ -126,45 +138,51 @@ def _search(
 
 def _table(plan: Plan, budget: Budget) -> Table:
     reference = next((s.device for s in plan.stages if s.method == "inference"), None)
-    caption = f"Compiled for {plan.target}. Budget: {budget}. Peak: on the device, in the largest "
-    caption += "program, with what is resident beside it."
-    table = Table(title=f"{plan.model}: {plan.setting}", caption=caption)
-    for name in ("method", "stage"):
-        table.add_column(name)
-    for name in ("arguments", "outputs", "temporaries", "donated", "resident", "peak"):
-        table.add_column(name, justify="right")
-    table.add_column("x inference", justify="right")
-    table.add_column("host", justify="right")
-    table.add_column("disk", justify="right")
+    unit, size = ("GiB", 2**30) if plan.device >= 2**31 else ("MiB", 2**20)
+    table = Table(
+        title=f"{plan.model}: {plan.setting}",
+        caption=f"{unit}, compiled for {plan.target}; budget: {budget}. Arguments to donated: of "
+        "the stage's largest program. Held: on the device beside it.",
+        box=SIMPLE,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("stage", no_wrap=True)
+    for name in ("args", "out", "temp", "donated", "held", "peak", "x inf.", "host", "disk"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("budget")
     for stage in plan.stages:
-        table.add_row(*_row(stage, reference, budget))
+        table.add_row(*_row(stage, reference, budget, size))
     return table
 
 
-def _row(stage: StageMemory, reference: int | None, budget: Budget) -> list[str]:
+def _row(stage: StageMemory, reference: int | None, budget: Budget, unit: int) -> list[str]:
     program = stage.program
+    held = sum(stage.resident.values()) - _counted_twice(stage)
     host, disk = sum(stage.host.values()), sum(stage.disk.values())
+    sizes = [program.arguments, program.outputs, program.temporaries, program.aliased, held]
     return [
-        stage.method,
-        stage.name,
-        format_bytes(program.arguments),
-        format_bytes(program.outputs),
-        format_bytes(program.temporaries),
-        format_bytes(program.aliased),
-        format_bytes(sum(stage.resident.values())),
-        format_bytes(stage.device),
+        stage.name if stage.name == stage.method else f"{stage.method} {stage.name}",
+        *(_figure(size / unit) for size in [*sizes, stage.device]),
         "" if reference is None else f"{stage.device / reference:.2f}",
-        format_bytes(host) if host else "",
-        format_bytes(disk) if disk else "",
+        _figure(host / unit) if host else "",
+        _figure(disk / unit) if disk else "",
         _verdict(budget.short(device=stage.device, host=host), budget),
     ]
+
+
+def _figure(size: float) -> str:
+    return f"{size:.0f}" if size >= 1000 else f"{size:.2f}" if size < 100 else f"{size:.1f}"
+
+
+def _counted_twice(stage: StageMemory) -> int:
+    """Bytes that are arguments of the largest program and resident all the time."""
+    return stage.program.peak + sum(stage.resident.values()) - stage.device
 
 
 def _verdict(short: dict[str, int], budget: Budget) -> str:
     if budget.device is None and budget.host is None:
         return ""
-    return ", ".join(f"{space} short of {format_bytes(n)}" for space, n in short.items()) or "fits"
+    return ", ".join(f"{space} +{format_bytes(n)}" for space, n in short.items()) or "fits"
 
 
 def _search_table(found: dict[str, Setting | None], method: str, budget: Budget) -> Table:
