@@ -1,6 +1,7 @@
 """Donation is promised by programs that update in place, and checked here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax._program_memory import analysed
@@ -50,5 +51,5 @@ def _donated(lowered: jax.stages.Lowered) -> list:
 def _size(leaf: jax.stages.ArgInfo) -> int:
     shape = leaf.shape
     dtype = leaf.dtype
-    width = 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+    width = 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
     return int(np.prod(shape, dtype=np.int64)) * width

@@ -80,7 +80,9 @@ class Setting:
           (2, 8)
         """
         shape = (self.batch_size if rows is None else rows, self.length)
-        kinds = {name: np.int32 for name in ("tokens", "targets", "positions", "segments")}
+        kinds: dict[str, Any] = {
+            name: np.int32 for name in ("tokens", "targets", "positions", "segments")
+        }
         kinds["weights"] = np.float32
         return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
 

@@ -112,12 +112,13 @@ def _step(
     apply = intercept(abstract.model.clone(remat=setting.remat).apply)
     schedule = make_schedule(1e-3, steps=100, warmup=5)
     tx = make_optimizer(schedule)
+    extra: dict[str, Any] = {} if combine is None else {"combine": combine}
     step: Any = make_train_step(
         make_loss(apply, chunk=setting.chunk),
         tx,
         accumulation=setting.accumulation,
         schedule=schedule,
-        **({} if combine is None else {"combine": combine}),
+        **extra,
     )
     state = jax.eval_shape(lambda tree: init_state(tree, tx), trainables)
     arguments = {

@@ -34,7 +34,7 @@ def program_memory(
     schedule: str = "lsp",
     options: PipelineOptions = PipelineOptions(),
     inputs: Callable[[Any], tuple[Any, ...]] | None = None,
-    device: jax.Device | None = None,
+    device: Any = None,
 ) -> dict[str, ProgramMemory]:
     """What each program of a `PipelinedTrainer` needs on a device.
 
