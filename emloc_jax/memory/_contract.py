@@ -16,7 +16,7 @@ _SHORT = 64
 _LOWEST_RATIO = 0.01
 
 _ADVICE = {
-    "parameters": "a smaller model, or an emulator of a lower ratio",
+    "parameters": "a smaller model, or method=emloc with a lower ratio",
     "trainables": "adapters of a lower rank, or on fewer kernels",
     "optimizer": "adapters of a lower rank, or on fewer kernels",
     "moments": "one-sided weighting, or leaving the widest kernels whole",
