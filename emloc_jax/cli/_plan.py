@@ -10,8 +10,8 @@ from rich.table import Table
 from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax._files import check_new
 from emloc_jax.cli._console import results, say, status
-from emloc_jax.cli._options import PlanConfig
 from emloc_jax.cli._plan_lsp import plan_lsp
+from emloc_jax.cli._plan_options import PlanConfig
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import packaged
 from emloc_jax.errors import ConfigError
