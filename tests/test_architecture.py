@@ -9,11 +9,13 @@ import emloc_jax
 
 ROOT = Path(emloc_jax.__file__).parent
 # A room may import from itself and from the rooms listed for it.
-GROUND = {"errors", "_bytes", "_files"}
+GROUND = {"errors", "_files", "_bytes", "_compiling", "_program_memory"}
 ALLOWED = {
     "errors": set(),
     "_bytes": {"errors"},
     "_files": {"errors"},
+    "_compiling": set(),
+    "_program_memory": set(),
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
     "emulator": GROUND | {"kernels"},

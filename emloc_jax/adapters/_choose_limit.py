@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from emloc_jax._compiling import loop_options
 from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._attach import attach
 from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
@@ -72,7 +73,10 @@ def choose_limit(
     limits = sorted({0.0, *map(float, candidates)})
     trials = _trials(work, limits, bound)
     params = jax.device_put(params)  # once, if they still lie on the host
-    evaluate = jax.jit(lambda params, trial, batch: loss(attach(params, trial), batch))
+    evaluate = jax.jit(
+        lambda params, trial, batch: loss(attach(params, trial), batch),
+        compiler_options=loop_options(),
+    )
 
     totals = {limit: np.zeros(2) for limit in limits}
     for batch in batches:

@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 
+from emloc_jax._bytes import parse_bytes
 from emloc_jax.adapters import Adapter, init_adapters
 from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader, training_batches
 from emloc_jax.cli._options import (
@@ -16,7 +17,6 @@ from emloc_jax.cli._options import (
     TrainOptions,
 )
 from emloc_jax.cli._session import Session
-from emloc_jax.cli._sizes import parse_bytes
 from emloc_jax.cli._task import Task
 from emloc_jax.emulator import rank_for_energy, rank_for_ratio
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError

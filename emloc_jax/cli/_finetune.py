@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from emloc_jax._compiling import loop_options
+from emloc_jax._program_memory import analysed
 from emloc_jax.adapters import Adapter, attach, correction_report
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
 from emloc_jax.cli._checks import (
@@ -35,7 +37,6 @@ from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
 from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
-from emloc_jax.cli._sizes import inference_memory
 from emloc_jax.cli._stages import (
     Trained,
     attach_for_training,
@@ -298,9 +299,11 @@ class _Job:
         facts = self.report.facts
         facts["training step_bytes"] = trained.memory
         batch = next(iter(batches))
-        facts["inference of the original_bytes"] = inference_memory(
-            session.infer, session.base.params, batch
-        )
+        facts["inference of the original_bytes"] = analysed(
+            jax.jit(session.infer, compiler_options=loop_options()).lower(
+                session.base.params, batch
+            )
+        ).peak
         facts["step_seconds"] = trained.result.seconds_per_step
         facts["tokens per second"] = trained.result.tokens_per_second
         return trained

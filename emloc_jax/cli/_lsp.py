@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
+from emloc_jax._bytes import parse_bytes
 from emloc_jax.cli._console import say, tick
 from emloc_jax.cli._data import Dataset, training_batches
 from emloc_jax.cli._options import FinetuneConfig, LspOptions, TrainOptions
 from emloc_jax.cli._session import Session
-from emloc_jax.cli._sizes import parse_bytes
 from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import flatten_leaves, intercept
 from emloc_jax.models import BlockStack, block_stack

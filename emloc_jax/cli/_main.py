@@ -11,6 +11,7 @@ from rich.markup import escape
 import emloc_jax.cli._options as options
 from emloc_jax.cli._config import load_config
 from emloc_jax.cli._console import console, set_up_logging
+from emloc_jax.cli._plan_options import PlanConfig
 from emloc_jax.errors import EmlocError
 
 __all__ = ["main"]
@@ -28,7 +29,7 @@ the results. An unknown key is an error. No existing output is overwritten."""
 
 _VERBS: dict[str, type] = {
     "doctor": options.DoctorConfig,
-    "plan": options.PlanConfig,
+    "plan": PlanConfig,
     "emulate": options.EmulateConfig,
     "finetune": options.FinetuneConfig,
     "correct": options.CorrectConfig,

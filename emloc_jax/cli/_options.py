@@ -17,12 +17,10 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "GenerateConfig",
-    "HardwareOptions",
     "LoraOptions",
     "LspOptions",
     "MergeConfig",
     "ModelOptions",
-    "PlanConfig",
     "SamplingOptions",
     "ScoreOptions",
     "TrainOptions",
@@ -301,43 +299,6 @@ class EvalConfig:
     model: ModelOptions = group(ModelOptions)
     data: OptionalDataOptions = group(OptionalDataOptions)
     eval: ScoreOptions = group(ScoreOptions)
-
-
-@dataclass
-class HardwareOptions:
-    """Figures of a machine; what is missing can be measured."""
-
-    measure: bool = option(False, "measure on this machine what is not given")
-    to_host: str | None = option(None, "link, bytes per second down, e.g. 16GB")
-    to_device: str | None = option(None, "link, bytes per second up")
-    host_adam: float | None = option(None, "elements that Adam updates on the host, per second")
-    flops: float | None = option(None, "matrix products of the device, FLOP/s")
-    device_memory: str | None = option(None, "e.g. 24GiB; null: no limit, or as measured")
-    host_memory: str | None = option(None, "e.g. 64GiB; null: no limit, or as measured")
-
-
-@dataclass
-class PlanConfig:
-    """Predict time and memory of a step and choose settings, without allocating anything."""
-
-    method: Literal["lsp"] = option("lsp", "what is planned")
-    source: str = option(
-        MISSING, "Hugging Face folder (its config.json suffices) or hub id, a .gguf, or 'smollm2'"
-    )
-    dtype: Dtype = option("bfloat16", "dtype of the parameters")
-    batch_size: int = option(4, "rows per micro-batch")
-    length: int = option(1024, "tokens per row")
-    accumulation: int = option(1, "micro-batches per step")
-    clip: bool = option(False, "gradients are clipped, so no update starts in the backward pass")
-    train: dict[str, str] | None = option(None, "treatments, as lsp.train of finetune")
-    product: Literal["sparse", "dense"] = option("sparse", "products with projectors")
-    rounding: Literal["nearest", "stochastic", "kahan", "master"] = option(
-        "nearest", "how updates of bfloat16 parameters are rounded"
-    )
-    link: Literal["plain", "pinned"] = option("plain", "which copies are measured")
-    slowdown: float = option(1.1, "longest step, as a multiple of Adam in device memory")
-    output: str | None = option(None, "new JSON file; null: only print")
-    hardware: HardwareOptions = group(HardwareOptions)
 
 
 @dataclass

@@ -1,210 +1,220 @@
-"""`emloc plan`: what a step will take, before anything is allocated."""
+"""`emloc plan`: what every stage will take, before anything is allocated."""
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
+from rich.box import SIMPLE
 from rich.table import Table
 
+from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax._files import check_new
-from emloc_jax.checkpoints import load_pretrained
-from emloc_jax.cli._console import results, status
-from emloc_jax.cli._options import HardwareOptions, PlanConfig
+from emloc_jax.cli._console import results, say, status
+from emloc_jax.cli._plan_lsp import plan_lsp
+from emloc_jax.cli._plan_options import PlanConfig
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import packaged
-from emloc_jax.cli._sizes import format_bytes, parse_bytes
-from emloc_jax.errors import CheckpointError, ConfigError
-from emloc_jax.kernels import flatten_leaves
-from emloc_jax.models import CausalModel, block_stack, model_from_hf
-from emloc_jax.offload import (
-    AdamOptions,
-    BlockShape,
-    DevicePutLink,
-    Hardware,
-    PinnedHostLink,
+from emloc_jax.errors import ConfigError
+from emloc_jax.memory import (
+    Budget,
     Plan,
-    Workload,
-    adam_direction,
-    choose,
-    compare,
-    default_rules,
-    init_moments,
-    make_plan,
-    match_treatments,
-    measure_hardware,
+    Planner,
+    Setting,
+    StageMemory,
+    Target,
+    abstract_model,
+    check_figure,
+    draw_plan,
+    largest,
+    methods,
+    require_fits,
+    target_named,
 )
 
 __all__ = ["run_plan"]
 
-_ROUNDING_BYTES = {"nearest": 0, "stochastic": 0, "kahan": 2, "master": 4}
+_WIDTH = 120
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Chooses subspace, nnz and wire for a machine, and compares the schedules."""
-    if config.output is not None:
-        check_new(config.output)
-    workload = workload_of(config)
-    hardware = hardware_of(config)
-    choice = choose(hardware, workload, slowdown=config.slowdown, cached=config.product == "dense")
-    predictions = compare(hardware, workload, choice.setting)
-    results.print(_table("Settings", choice.rows(), _SETTING_COLUMNS))
-    rows = [prediction.row() for prediction in predictions]
-    results.print(_table(f"One step with {choice.setting}", rows, _SCHEDULE_COLUMNS))
-    if config.output is not None:
-        content = {
-            "hardware": dataclasses.asdict(hardware),
-            "chosen": dataclasses.asdict(choice.setting),
-            "settings": choice.rows(),
-            "schedules": rows,
-        }
-        write_json(Path(config.output), content)
-
-
-def workload_of(config: PlanConfig) -> Workload:
-    """Shapes of the model, with the treatments that the rules give its parameters.
+    """Prints a plan; with a budget, refuses one that does not fit and names one that does.
 
     Raises:
-      ConfigError: no language model, or sizes below 1.
-      UnmatchedRuleError, UnsupportedKernelError: rules that do not fit the model.
+      ConfigError: an option that cannot be.
+      PlanError: `method` is one method, and it does not fit the budget; or nothing does.
+      OutputExistsError: an output exists.
     """
-    if config.batch_size < 1 or config.length < 1:
-        raise ConfigError("batch_size and length must be at least 1.")
-    model = _model(config.source)
-    if not isinstance(model, CausalModel):
-        raise ConfigError(f"{config.source} is an encoder; plans are for language models.")
-    stack = block_stack(model)
-    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    outer = jax.eval_shape(stack.outer, params)
-    block = jax.eval_shape(lambda tree: stack.block_params(tree, 0), params)
-    x, context = jax.eval_shape(stack.embed, outer, tokens)
-    names = [f"{stack.name}/{path}" for path in flatten_leaves(block)]
-    rules = default_rules(stack.name) if config.train is None else config.train
-    treatments = match_treatments(rules, [*names, *flatten_leaves(outer)])
-    inside = make_plan(
-        block,
-        treatments,
-        prefix=stack.name,
-        apply=lambda variables, *inputs: stack.block(variables["params"], *inputs),
-        inputs=(x, context),
+    for path in (config.output, config.figure):
+        if path is not None:
+            check_new(path)
+    if config.figure is not None:
+        check_figure()
+    if config.method == "lsp":
+        plan_lsp(config)
+        return
+    setting, target = _setting(config), target_named(config.target)
+    budget = _budget(config, target)
+    abstract = abstract_model(
+        packaged(config.source),
+        dtype=jnp.dtype(config.dtype),
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        name=config.source,
     )
-    return Workload(
-        blocks=(_shape(inside, block),) * stack.num_blocks,
-        tokens=config.batch_size * config.length,
-        outside=_shape(make_plan(outer, treatments), outer),
-        param_dtype=config.dtype,
-        rounding_bytes=_ROUNDING_BYTES[config.rounding],
-        micro_batches=config.accumulation,
-        clip=config.clip,
+    planner = Planner(abstract, target)
+    asked = list(methods()) if config.method == "all" else ["inference", config.method]
+    asked = list(dict.fromkeys(asked))
+    with status(f"Compiling the stages of {config.source}"):
+        plan = planner.plan(asked, setting)
+    _print(_table(plan, budget))
+    found: dict[str, Any] = {}
+    if config.search:
+        with status("Searching settings that fit"):
+            found = _search(planner, config, setting, budget)
+        _print(_search_table(found, config.method, budget))
+    if config.output is not None:
+        write_json(Path(config.output), _content(plan, budget, found))
+    if config.figure is not None:
+        draw_plan(config.figure, plan, budget)
+        say(f"Drawn: {config.figure}")
+    if config.method not in ("all", "inference"):
+        with status("Looking for a setting that fits"):
+            require_fits(planner, [config.method], setting, budget)
+
+
+def _print(table: Table) -> None:
+    """As wide as the figures need where no screen ends."""
+    width = results.width
+    if not results.is_terminal:
+        results.width = max(width, _WIDTH)
+    results.print(table)
+    results.width = width
+
+
+def _setting(config: PlanConfig) -> Setting:
+    return Setting(
+        batch_size=config.batch_size * config.accumulation,
+        length=config.length,
+        ratio=config.ratio,
+        where=tuple(config.where),
+        lora_where=tuple(config.lora_where),
+        lora_rank=config.lora_rank,
+        chunk=config.chunk,
+        remat=config.remat,
+        accumulation=config.accumulation,
+        calibration_rows=config.calibration_rows,
+        calibration_batch=config.calibration_batch,
+        gradients=config.weighting == "two_sided",
+        subspace=config.subspace,
+        nnz=config.nnz,
+        original_on_device=config.original_on_device,
     )
 
 
-def _shape(plan: Plan, params: Any) -> BlockShape:
-    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten_leaves(params).items()}
-    kernels = tuple((spec.d_in, spec.d_out) for spec in plan.kernels.values())
-    trained = {*plan.kernels, *plan.host, *plan.device}
-    return BlockShape(
-        kernels,
-        host=sum(sizes[path] for path in plan.host),
-        device=sum(sizes[path] for path in plan.device),
-        frozen=sum(size for path, size in sizes.items() if path not in trained),
-    )
-
-
-def hardware_of(config: PlanConfig) -> Hardware:
-    """Figures that were given; the rest is measured if that was asked for.
-
-    Raises:
-      ConfigError: a figure is missing and nothing is to be measured.
-    """
-    options = config.hardware
-    given = _given(options)
-    if options.measure:
-        link = PinnedHostLink() if config.link == "pinned" else DevicePutLink()
-        with status("Measuring this machine"):
-            return measure_hardware(link, _host_adam(), **given)
-    missing = [name for name in ("to_host", "to_device", "host_adam", "flops") if name not in given]
-    if missing:
+def _budget(config: PlanConfig, target: Target) -> Budget:
+    given = config.device_memory
+    device = target.memory if given is None else parse_bytes(given)
+    host = None if config.host_memory is None else parse_bytes(config.host_memory)
+    if config.search and device is None and host is None:
         raise ConfigError(
-            f"The plan needs hardware.{', hardware.'.join(missing)}. Give them, or let this "
-            "machine be measured with hardware.measure=true."
+            "search=true looks for settings that fit a budget: give device_memory (24GiB, say), "
+            "host_memory or a target."
         )
-    return Hardware(**given)
+    return Budget(device, host)
 
 
-def _given(options: HardwareOptions) -> dict[str, Any]:
-    sizes = ("to_host", "to_device", "device_memory", "host_memory")
-    found = {name: getattr(options, name) for name in (*sizes, "host_adam", "flops")}
-    given = {name: value for name, value in found.items() if value is not None}
-    return {name: parse_bytes(v) if name in sizes else v for name, v in given.items()}
+def _search(
+    planner: Planner, config: PlanConfig, setting: Setting, budget: Budget
+) -> dict[str, Setting | None]:
+    """The largest value of each knob, all else as asked; remat off if that fits."""
+    method = "emloc" if config.method == "all" else config.method
+    knobs = ["ratio"] if method == "emloc" else []
+    knobs += ["batch_size", "length"] + ([] if method == "inference" else ["chunk"])
+    found = {knob: largest(planner, [method], setting, budget, knob) for knob in knobs}
+    if method not in ("inference", "lsp"):
+        faster = setting.replace(remat=False)
+        found["remat"] = faster if planner.plan([method], faster).fits(budget) else None
+    return found
 
 
-def _host_adam() -> Any:
-    cpu = jax.local_devices(backend="cpu")[0]
-    moments: dict[int, Any] = {}
-    update = jax.jit(lambda g, m: adam_direction(g, m, AdamOptions()), donate_argnums=1)
-
-    def run(gradient: np.ndarray) -> Any:
-        with jax.default_device(cpu):
-            state = moments.pop(gradient.size, None) or init_moments(gradient.shape)
-            direction, moments[gradient.size] = update(gradient, state)
-            return direction
-
-    return run
-
-
-def _model(source: str) -> Any:
-    """The model of a source, of which no weight is read."""
-    source = packaged(source)
-    folder = Path(source)
-    if (folder / "config.json").is_file():  # files with weights need not be there
-        text = (folder / "config.json").read_text(encoding="utf-8")
-        try:
-            return model_from_hf(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error}).") from error
-    return load_pretrained(source, tokenizer=False, abstract=True).model
-
-
-_SETTING_COLUMNS = {
-    "subspace": "subspace",
-    "nnz": "nnz",
-    "wire": "wire",
-    "slowdown": "x native",
-    "device_bytes": "device",
-    "host_bytes": "host",
-    "verdict": "verdict",
-}
-_SCHEDULE_COLUMNS = {
-    "schedule": "schedule",
-    "seconds": "seconds",
-    "slowdown": "x native",
-    "bytes_to_host": "to host",
-    "bytes_to_device": "to device",
-    "device_bytes": "device",
-    "host_bytes": "host",
-}
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
-    table = Table(title=title)
-    for name, label in columns.items():
-        table.add_column(label, justify="left" if name in ("verdict", "schedule") else "right")
-    for row in rows:
-        table.add_row(*(_cell(name, row.get(name)) for name in columns))
+def _table(plan: Plan, budget: Budget) -> Table:
+    reference = next((s.device for s in plan.stages if s.method == "inference"), None)
+    unit, size = ("GiB", 2**30) if plan.device >= 2**31 else ("MiB", 2**20)
+    table = Table(
+        title=f"{plan.model}: {plan.setting}",
+        caption=f"{unit}, compiled for {plan.target}; budget: {budget}. Arguments to donated: of "
+        "the stage's largest program. Held: on the device beside it.",
+        box=SIMPLE,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("stage", no_wrap=True)
+    for name in ("args", "out", "temp", "donated", "held", "peak", "x inf.", "host", "disk"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("budget")
+    for stage in plan.stages:
+        table.add_row(*_row(stage, reference, budget, size))
     return table
 
 
-def _cell(name: str, value: Any) -> str:
-    if value is None:
+def _row(stage: StageMemory, reference: int | None, budget: Budget, unit: int) -> list[str]:
+    program = stage.program
+    held = sum(stage.resident.values()) - _counted_twice(stage)
+    host, disk = sum(stage.host.values()), sum(stage.disk.values())
+    sizes = [program.arguments, program.outputs, program.temporaries, program.aliased, held]
+    return [
+        stage.name if stage.name == stage.method else f"{stage.method} {stage.name}",
+        *(_figure(size / unit) for size in [*sizes, stage.device]),
+        "" if reference is None else f"{stage.device / reference:.2f}",
+        _figure(host / unit) if host else "",
+        _figure(disk / unit) if disk else "",
+        _verdict(budget.short(device=stage.device, host=host), budget),
+    ]
+
+
+def _figure(size: float) -> str:
+    return f"{size:.0f}" if size >= 1000 else f"{size:.2f}" if size < 100 else f"{size:.1f}"
+
+
+def _counted_twice(stage: StageMemory) -> int:
+    """Bytes that are arguments of the largest program and resident all the time."""
+    return stage.program.peak + sum(stage.resident.values()) - stage.device
+
+
+def _verdict(short: dict[str, int], budget: Budget) -> str:
+    if budget.device is None and budget.host is None:
         return ""
-    if "bytes" in name:
-        return format_bytes(value)
-    if name == "verdict":
-        return value.split(":")[0]  # the details are in the JSON
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{space} +{format_bytes(n)}" for space, n in short.items()) or "fits"
+
+
+def _search_table(found: dict[str, Setting | None], method: str, budget: Budget) -> Table:
+    name = "emloc" if method == "all" else method
+    table = Table(title=f"Largest that fits {budget}, all else as above ({name})")
+    table.add_column("option")
+    table.add_column("value", justify="right")
+    for knob, setting in found.items():
+        table.add_row(knob, _value(knob, setting))
+    return table
+
+
+def _value(knob: str, setting: Setting | None) -> str:
+    if knob == "remat":
+        return "true" if setting is None else "false"
+    if setting is None:
+        return "nothing fits"
+    if knob == "batch_size":
+        return str(setting.micro_batch)
+    return str(getattr(setting, knob))
+
+
+def _content(plan: Plan, budget: Budget, found: dict[str, Setting | None]) -> dict[str, Any]:
+    searched = {knob: _value(knob, setting) for knob, setting in found.items()}
+    return plan.to_dict() | {
+        "budget": {"device": budget.device, "host": budget.host},
+        "fits": {
+            method: not any(
+                budget.short(device=stage.device, host=sum(stage.host.values()))
+                for stage in plan.of(method)
+            )
+            for method in dict.fromkeys(stage.method for stage in plan.stages)
+        },
+        "largest_that_fits": searched,
+    }

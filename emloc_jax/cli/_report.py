@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from emloc_jax.cli._sizes import format_bytes
+from emloc_jax._bytes import format_bytes
 from emloc_jax.memory import Ledger
 
 __all__ = ["RunReport", "StageRow"]

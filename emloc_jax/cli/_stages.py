@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from emloc_jax._bytes import parse_bytes
+from emloc_jax._program_memory import analysed
 from emloc_jax.adapters import Adapter, attach, choose_limit, correct
 from emloc_jax.checkpoints import calibration_fingerprint, save_emulator
 from emloc_jax.cli._checks import compressed_paths, parse_limit
@@ -22,7 +24,6 @@ from emloc_jax.cli._options import (
     TrainOptions,
 )
 from emloc_jax.cli._session import Session
-from emloc_jax.cli._sizes import parse_bytes, step_memory
 from emloc_jax.emulator import (
     CompressionReport,
     SecondMoment,
@@ -196,7 +197,7 @@ def train_on(
         **extra,
     )
     state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), 2))
-    memory = step_memory(step, state, frozen, next(iter(batches)))
+    memory = analysed(step.lower(state, frozen, next(iter(batches)))).peak
     with tick("Training", options.steps) as move:
         result = train(
             step,

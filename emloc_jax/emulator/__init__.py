@@ -4,9 +4,12 @@
 `truncate` cuts them to any ranks. `factorize` is the numeric core, on arrays.
 """
 
+from emloc_jax.emulator._allocate import ranks_for_rules as ranks_for_rules
 from emloc_jax.emulator._budget import Share as Share
 from emloc_jax.emulator._budget import ranks_for_budget as ranks_for_budget
 from emloc_jax.emulator._calibrate import calibrate as calibrate
+from emloc_jax.emulator._calibrate import calibration_step as calibration_step
+from emloc_jax.emulator._calibrate import zero_sums as zero_sums
 from emloc_jax.emulator._compress import compress as compress
 from emloc_jax.emulator._factorization import Factorization as Factorization
 from emloc_jax.emulator._factorizations_file import load_factorizations as load_factorizations
@@ -22,4 +25,5 @@ from emloc_jax.emulator._ranks import rank_for_energy as rank_for_energy
 from emloc_jax.emulator._ranks import rank_for_ratio as rank_for_ratio
 from emloc_jax.emulator._report import CompressionReport as CompressionReport
 from emloc_jax.emulator._report import KernelReport as KernelReport
+from emloc_jax.emulator._selection import candidates as candidates
 from emloc_jax.emulator._truncate import truncate as truncate

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from emloc_jax._compiling import loop_options
 from emloc_jax.emulator._moments import SecondMoment
 from emloc_jax.errors import NonFiniteError, NoTokensError, UnsupportedKernelError
 from emloc_jax.kernels import KernelSpec, TappedKernel, get_leaf, intercept, set_leaves
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibration_step", "zero_sums"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def calibrate(
     """
     specs = _measurable(kernels, include_tied)
     leaders = _leaders(specs)
-    step = _make_step(fn, specs, mask, gradients)
-    sums = _zeros(specs, leaders, gradients)
+    step = calibration_step(fn, specs, mask=mask, gradients=gradients)
+    sums = zero_sums(specs, gradients=gradients)
     number = 0
     for batch in batches:
         sums = step(params, sums, batch)
@@ -117,9 +118,12 @@ def _leaders(specs: Mapping[str, KernelSpec]) -> dict[str, str]:
     return {path: first.setdefault(spec.input_group, path) for path, spec in specs.items()}
 
 
-def _zeros(
-    specs: Mapping[str, KernelSpec], leaders: Mapping[str, str], gradients: bool
-) -> Phantoms:
+def zero_sums(specs: Mapping[str, KernelSpec], *, gradients: bool) -> Phantoms:
+    """What a calibration starts from: `{path: {moment, count, gradient}}`, those that are measured.
+
+    Kernels that read the same input share the sums of the first.
+    """
+    leaders = _leaders(specs)
     sums: Phantoms = {}
     for path, spec in specs.items():
         stack, d_in, d_out = spec.stack_shape, spec.d_in, spec.d_out
@@ -130,12 +134,19 @@ def _zeros(
     return sums
 
 
-def _make_step(
+def calibration_step(
     fn: Callable[[Any, Any], Any],
     specs: Mapping[str, KernelSpec],
+    *,
     mask: Callable[[Any], Any] | None,
     gradients: bool,
 ) -> Callable[[Any, Phantoms, Any], Phantoms]:
+    """A compiled `step(params, sums, batch) -> sums` that adds one batch and consumes its sums.
+
+    Args:
+      fn, mask, gradients: as for `calibrate`.
+      specs: what to measure.
+    """
     run = intercept(fn, allow_materialize=True)
 
     def step(params: Any, sums: Phantoms, batch: Any) -> Phantoms:
@@ -158,7 +169,7 @@ def _make_step(
         cotangents = jax.grad(scalar)(jax.tree.map(jnp.zeros_like, sums))
         return jax.tree.map(jnp.add, sums, cotangents)
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, compiler_options=loop_options())
 
 
 def _loss(outputs: Any) -> jax.Array:

@@ -1,5 +1,13 @@
-"""The memory contract: what a run takes, and what a machine offers."""
+"""The memory contract: what stages will take, what they took, and what a machine offers."""
 
+from emloc_jax.memory._abstract_emulator import abstract_adapters as abstract_adapters
+from emloc_jax.memory._abstract_emulator import abstract_emulator as abstract_emulator
+from emloc_jax.memory._abstract_model import AbstractModel as AbstractModel
+from emloc_jax.memory._abstract_model import abstract_model as abstract_model
+from emloc_jax.memory._contract import nearest as nearest
+from emloc_jax.memory._contract import require_fits as require_fits
+from emloc_jax.memory._contract import smallest as smallest
+from emloc_jax.memory._depends import depends_on as depends_on
 from emloc_jax.memory._doctor_advice import advise as advise
 from emloc_jax.memory._doctor_facts import DeviceFacts as DeviceFacts
 from emloc_jax.memory._doctor_facts import HostFacts as HostFacts
@@ -10,10 +18,28 @@ from emloc_jax.memory._doctor_hazard import Advice as Advice
 from emloc_jax.memory._doctor_rates import LinkRates as LinkRates
 from emloc_jax.memory._doctor_rates import ProductRate as ProductRate
 from emloc_jax.memory._doctor_rates import Rates as Rates
+from emloc_jax.memory._donation import assert_donated as assert_donated
+from emloc_jax.memory._donation import donated_bytes as donated_bytes
+from emloc_jax.memory._figure import check_figure as check_figure
+from emloc_jax.memory._figure import draw_plan as draw_plan
 from emloc_jax.memory._ledger import Ledger as Ledger
 from emloc_jax.memory._ledger import OpenStage as OpenStage
 from emloc_jax.memory._ledger import StageFigures as StageFigures
 from emloc_jax.memory._ledger_peak import Peak as Peak
 from emloc_jax.memory._ledger_peak import Reading as Reading
 from emloc_jax.memory._ledger_peak import peak_between as peak_between
+from emloc_jax.memory._methods import methods as methods
+from emloc_jax.memory._methods import register_method as register_method
+from emloc_jax.memory._plan import Budget as Budget
+from emloc_jax.memory._plan import Plan as Plan
+from emloc_jax.memory._plan import Planner as Planner
 from emloc_jax.memory._probes import examine as examine
+from emloc_jax.memory._search import KNOBS as KNOBS
+from emloc_jax.memory._search import largest as largest
+from emloc_jax.memory._setting import Setting as Setting
+from emloc_jax.memory._stage import Program as Program
+from emloc_jax.memory._stage import Stage as Stage
+from emloc_jax.memory._stage import StageMemory as StageMemory
+from emloc_jax.memory._stage import measure_stage as measure_stage
+from emloc_jax.memory._target import Target as Target
+from emloc_jax.memory._target import target_named as target_named

@@ -1,5 +1,6 @@
 """LSP-Offload: fine-tune all weights with compressed gradients and the host's memory."""
 
+from emloc_jax._program_memory import ProgramMemory as ProgramMemory
 from emloc_jax.offload._adam import AdamOptions as AdamOptions
 from emloc_jax.offload._adam import SubspaceMoments as SubspaceMoments
 from emloc_jax.offload._adam import adam_direction as adam_direction
@@ -10,6 +11,7 @@ from emloc_jax.offload._choose import Candidate as Candidate
 from emloc_jax.offload._choose import Choice as Choice
 from emloc_jax.offload._choose import choose as choose
 from emloc_jax.offload._container import container_memory as container_memory
+from emloc_jax.offload._cost_memory import projector_bytes as projector_bytes
 from emloc_jax.offload._cost_model import Hardware as Hardware
 from emloc_jax.offload._cost_model import Prediction as Prediction
 from emloc_jax.offload._cost_model import compare as compare
@@ -39,7 +41,6 @@ from emloc_jax.offload._plan import Plan as Plan
 from emloc_jax.offload._plan import default_rules as default_rules
 from emloc_jax.offload._plan import make_plan as make_plan
 from emloc_jax.offload._plan import match_treatments as match_treatments
-from emloc_jax.offload._program_memory import ProgramMemory as ProgramMemory
 from emloc_jax.offload._program_memory import program_memory as program_memory
 from emloc_jax.offload._rounding import Rounding as Rounding
 from emloc_jax.offload._rounding import rounding_state as rounding_state

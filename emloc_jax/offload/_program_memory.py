@@ -1,12 +1,13 @@
 """Memory of the trainer's compiled programs, from shapes alone."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emloc_jax._program_memory import ProgramMemory, analysed
 from emloc_jax.kernels import flatten_leaves
 from emloc_jax.models import BlockStack
 from emloc_jax.offload._adam import init_moments
@@ -21,32 +22,7 @@ from emloc_jax.offload._setup import Planned, adam_shape, plan_programs
 from emloc_jax.offload._stream_refit import pair_error
 from emloc_jax.offload._update_programs import UpdatePrograms
 
-__all__ = ["ProgramMemory", "program_memory"]
-
-
-class ProgramMemory(NamedTuple):
-    """Bytes of one compiled program, by XLA's own analysis.
-
-    Attributes:
-      arguments: what it is given, parameters among it.
-      outputs: what it returns.
-      temporaries: what it needs in between.
-      aliased: outputs that take the place of donated arguments.
-
-    Example:
-      >>> ProgramMemory(arguments=10, outputs=4, temporaries=3, aliased=4).added
-      3
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-
-    @property
-    def added(self) -> int:
-        """Bytes beyond what was there before."""
-        return self.outputs + self.temporaries - self.aliased
+__all__ = ["program_memory"]
 
 
 def program_memory(
@@ -58,8 +34,9 @@ def program_memory(
     schedule: str = "lsp",
     options: PipelineOptions = PipelineOptions(),
     inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    device: Any = None,
 ) -> dict[str, ProgramMemory]:
-    """What each program of a `PipelinedTrainer` needs on the default device.
+    """What each program of a `PipelinedTrainer` needs on a device.
 
     Compiles them, and allocates nothing but the projectors of one block: shapes suffice for
     parameters and batch, so a model that does not fit here can be looked at. Programs of the passes
@@ -68,6 +45,7 @@ def program_memory(
     Args:
       stack, params, head_loss, batch, schedule, options, inputs: as for `PipelinedTrainer`; of the
         products of projectors 'auto' counts as 'sparse'.
+      device: what to compile for; None: the default device.
 
     Returns:
       By name: `embed`, `forward`, `head`, `backward`; where anything crosses the link `apply`, and
@@ -85,10 +63,11 @@ def program_memory(
     outer = OuterPrograms(
         stack.embed, inputs, head_loss, planned.outer_updates, wire=options.wire_dtype
     )
-    lowered = dict(_outer(planned, outer, shapes[1]))
-    lowered |= dict(_block(planned, shapes[0], options))
-    found = {name: _analysed(program) for name, program in lowered.items()}
-    fits = [_analysed(program) for program in _fits(planned, shapes[0])]
+    with jax.default_device(device):  # of shapes only from here on
+        lowered = dict(_outer(planned, outer, shapes[1]))
+        lowered |= dict(_block(planned, shapes[0], options))
+        found = {name: analysed(program) for name, program in lowered.items()}
+        fits = [analysed(program) for program in _fits(planned, shapes[0])]
     return found | ({"fit": max(fits, key=lambda memory: memory.added)} if fits else {})
 
 
@@ -145,13 +124,3 @@ def _moments(updates: UpdatePrograms, pairs: Any, params: Any) -> dict[str, Any]
 
 def _like(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, dtype)
-
-
-def _analysed(lowered: jax.stages.Lowered) -> ProgramMemory:
-    analysis: Any = lowered.compile().memory_analysis()
-    return ProgramMemory(
-        int(analysis.argument_size_in_bytes),
-        int(analysis.output_size_in_bytes),
-        int(analysis.temp_size_in_bytes),
-        int(analysis.alias_size_in_bytes),
-    )

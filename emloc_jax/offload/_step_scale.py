@@ -5,7 +5,7 @@ import math
 __all__ = ["step_scale"]
 
 
-def step_scale(matrix: tuple[int, int], core: tuple[int, int]) -> float:
+def step_scale(matrix: tuple[int, ...], core: tuple[int, ...]) -> float:
     """`sqrt(d_in d_out / (s_in s_out))`: what makes a step in a subspace as long as Adam's own.
 
     Adam's step has entries of about the learning rate, whatever the gradient's scale. Columns of

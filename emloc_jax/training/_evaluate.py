@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from emloc_jax._compiling import loop_options
 from emloc_jax.errors import ConfigError, DataError, NonFiniteError, NoTokensError
 from emloc_jax.training._chat import prompt_text
 from emloc_jax.training._loss import Loss
@@ -76,7 +77,7 @@ def evaluate_loss(
         >>> evaluate_loss(lambda p, b: (b["x"].sum(), b["x"].size), None, batches).loss
         3.0
     """
-    compiled = jax.jit(loss)
+    compiled = jax.jit(loss, compiler_options=loop_options())
     total = weight = 0.0  # double precision
     for done, batch in enumerate(batches, 1):
         batch_total, batch_weight = jax.device_get(compiled(params, batch))

@@ -26,7 +26,7 @@ def config_only(tmp_path, model_folder):
 
 def test_a_config_is_enough(tmp_path, config_only, capsys):
     output = tmp_path / "plan.json"
-    arguments = ["plan", f"source={config_only}", *FIGURES, f"output={output}"]
+    arguments = ["plan", "method=lsp", f"source={config_only}", *FIGURES, f"output={output}"]
     assert main([*arguments, "batch_size=2", "length=64", "slowdown=50"]) == 0
     assert "native" in capsys.readouterr().out
     plan = json.loads(output.read_text())
@@ -51,7 +51,44 @@ def test_a_config_is_enough(tmp_path, config_only, capsys):
 )
 def test_what_cannot_be_planned(tmp_path, config_only, capsys, extra, words):
     output = tmp_path / "plan.json"
-    arguments = ["plan", f"source={config_only}", *FIGURES, f"output={output}"]
+    arguments = ["plan", "method=lsp", f"source={config_only}", *FIGURES, f"output={output}"]
     assert main([*arguments, *extra]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+def test_every_stage_beside_inference(tmp_path, config_only, capsys):
+    output, figure = tmp_path / "plan.json", tmp_path / "plan.png"
+    arguments = ["plan", "method=lora", f"source={config_only}", "lora_rank=2", "length=64"]
+    wanted = ["device_memory=1GiB", f"output={output}", f"figure={figure}"]
+    assert main([*arguments, *wanted]) == 0
+    printed = capsys.readouterr().out
+    assert "lora train" in printed and "fits" in printed
+    plan = json.loads(output.read_text())
+    stages = {(row["method"], row["stage"]): row for row in plan["stages"]}
+    assert plan["fits"] == {"inference": True, "lora": True}
+    assert stages["lora", "train"]["device"] == sum(stages["lora", "train"]["parts"].values())
+    assert figure.stat().st_size > 1000
+    assert main([*arguments, f"output={output}"]) == 2  # exists
+
+
+def test_a_budget_that_holds_nothing_is_refused_with_the_least(config_only, capsys):
+    arguments = ["plan", "method=lora", f"source={config_only}", "lora_rank=2", "length=64"]
+    assert main([*arguments, "device_memory=10KB"]) == 2
+    words = " ".join(capsys.readouterr().err.split())
+    assert "No setting fits: the least possible is" in words and "What would have to give" in words
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["device_memory=lots"], "'lots' is not a size"),
+        (["search=true"], "give device_memory"),
+        (["target=abacus"], "rtx4090"),
+        (["ratio=1.5"], "strictly between"),
+        (["source=no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_plans_that_cannot_be_made(config_only, capsys, extra, words):
+    assert main(["plan", "method=lora", f"source={config_only}", *extra]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())

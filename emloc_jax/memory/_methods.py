@@ -1,0 +1,56 @@
+"""Methods and their stages; another room can add to them or put its own programs in their place."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from emloc_jax.errors import ConfigError
+from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._lsp_stage import lsp_training
+from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._stage import Stage
+from emloc_jax.memory._streamed_stages import calibration, correction, factorization, merging
+from emloc_jax.memory._target import Target
+from emloc_jax.memory._trained_stages import (
+    emulator_training,
+    full_training,
+    inference,
+    lora_training,
+)
+
+__all__ = ["StageMaker", "methods", "register_method", "stages_of"]
+
+StageMaker = Callable[[AbstractModel, Setting, Target], Iterator[Stage]]
+
+_METHODS: dict[str, tuple[StageMaker, ...]] = {
+    "inference": (inference,),
+    "lora": (lora_training,),
+    "full": (full_training,),
+    "lsp": (lsp_training,),
+    "emloc": (calibration, factorization, emulator_training, correction, merging),
+}
+
+
+def methods() -> tuple[str, ...]:
+    """Names of the methods that can be planned."""
+    return tuple(_METHODS)
+
+
+def register_method(name: str, makers: Sequence[StageMaker]) -> None:
+    """Says what the stages of a method are, in the order of a run; replaces what was said before.
+
+    Args:
+      name: of the method.
+      makers: each gives stages: `maker(abstract, setting, target)`. A maker lowers its programs by
+        `target.lower`, inside `target.compiling()` if it makes them.
+    """
+    _METHODS[name] = tuple(makers)
+
+
+def stages_of(method: str) -> tuple[StageMaker, ...]:
+    """What makes the stages of a method.
+
+    Raises:
+      ConfigError: an unknown method.
+    """
+    if method not in _METHODS:
+        raise ConfigError(f"method='{method}' cannot be planned; known are {', '.join(_METHODS)}.")
+    return _METHODS[method]

@@ -1,0 +1,98 @@
+"""What a plan is made for: the sizes and choices that memory depends on."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from emloc_jax.errors import ConfigError
+
+__all__ = ["Setting"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes and choices of a run, as far as its memory depends on them.
+
+    Attributes:
+      batch_size: rows per training step, and per batch of inference.
+      length: tokens per row.
+      ratio: of the emulator: kept parameters of every compressed kernel / original ones.
+      where: regular expressions of the kernels to compress.
+      lora_where: of the kernels that get an adapter.
+      lora_rank: of the adapters.
+      chunk: tokens whose logits live at once.
+      remat: whether blocks are computed again in the backward pass.
+      accumulation: micro-batches per step.
+      calibration_rows: that calibrate; their activations lie on the host between blocks.
+      calibration_batch: of them at a time on the device.
+      gradients: whether calibration measures output gradients (two-sided weighting).
+      subspace: of LSP-Offload: a size from 2, or a fraction.
+      nnz: of its projectors.
+      original_on_device: whether the original stays on the device while the emulator trains. No
+        stage needs that; a loop that keeps the parameters it loaded does it all the same.
+
+    Raises:
+      ConfigError: a size that cannot be.
+    """
+
+    batch_size: int = 1
+    length: int = 1024
+    ratio: float = 0.5
+    where: tuple[str, ...] = ("layers/.*",)
+    lora_where: tuple[str, ...] = ("layers/.*",)
+    lora_rank: int = 8
+    chunk: int = 256
+    remat: bool = True
+    accumulation: int = 1
+    calibration_rows: int = 128
+    calibration_batch: int = 1
+    gradients: bool = True
+    subspace: float = 0.5
+    nnz: int = 4
+    original_on_device: bool = False
+
+    def __post_init__(self):
+        for name in ("batch_size", "length", "lora_rank", "chunk", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.calibration_rows < 1 or self.calibration_batch < 1:
+            raise ConfigError("Calibration takes at least one row, and one at a time.")
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"ratio is {self.ratio}; it must lie strictly between 0 and 1.")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be cut into {self.accumulation} equal "
+                "micro-batches; make it a multiple."
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that are on their way through the model at once."""
+        return self.batch_size // self.accumulation
+
+    def batch(self, rows: int | None = None) -> dict[str, Any]:
+        """Shapes of a batch, as `pad_examples` makes it.
+
+        Example:
+          >>> Setting(batch_size=2, length=8).batch()["tokens"].shape
+          (2, 8)
+        """
+        shape = (self.batch_size if rows is None else rows, self.length)
+        kinds: dict[str, Any] = {
+            name: np.int32 for name in ("tokens", "targets", "positions", "segments")
+        }
+        kinds["weights"] = np.float32
+        return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+
+    def replace(self, **changes: Any) -> "Setting":
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self):
+        parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
+        return (
+            f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
+            f"chunk={self.chunk}, remat={str(self.remat).lower()}"
+        )

@@ -1,0 +1,133 @@
+"""Stages that hold a whole model on the device: inference, and steps of training in memory."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from emloc_jax._compiling import loop_options
+from emloc_jax.adapters import attach
+from emloc_jax.kernels import intercept
+from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator
+from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import depends_on
+from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._stage import Program, Stage, tree_bytes
+from emloc_jax.memory._target import Target
+from emloc_jax.training import (
+    init_state,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+__all__ = ["emulator_training", "full_training", "inference", "lora_training"]
+
+_BATCH = ("batch_size", "length", "accumulation")
+_STEP = (*_BATCH, "chunk", "remat")
+_LORA = (*_STEP, "lora_where", "lora_rank")
+
+
+@depends_on(*_BATCH)
+def inference(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Running the original: a pass over a batch, and the logits of the last token of each row.
+
+    That is what the first token of every answer takes, and what other stages are compared with, at
+    the rows of a micro-batch. The cache of longer answers comes on top.
+    """
+    with target.compiling():
+        apply = intercept(abstract.model.apply)
+
+        def infer(params: Any, batch: Any) -> jax.Array:
+            hidden = apply({"params": params}, batch["tokens"], method="hidden")
+            return apply({"params": params}, hidden[:, -1], method="logits")
+
+        batch = {"tokens": setting.batch(setting.micro_batch)["tokens"]}
+        program = jax.jit(infer, compiler_options=loop_options())
+        lowered = target.lower(program, abstract.params, batch)
+    arguments = {"parameters": tree_bytes(abstract.params)}
+    yield Stage("inference", "inference", {"forward": Program(lowered, arguments)})
+
+
+@depends_on(*_LORA)
+def lora_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """LoRA on the original, all of it on the device."""
+    yield _on_frozen("train", "lora", abstract, abstract.params, setting, target)
+
+
+@depends_on(*_LORA, "ratio", "where", "original_on_device")
+def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """LoRA on the emulator."""
+    frozen = abstract_emulator(abstract, setting)
+    resident = {}
+    if setting.original_on_device:  # leaves that are not compressed are the original's own
+        shared = tree_bytes([leaf for leaf in _arrays(frozen) if leaf in _arrays(abstract.params)])
+        resident["original"] = tree_bytes(abstract.params) - shared
+    yield _on_frozen("train", "emloc", abstract, frozen, setting, target, resident)
+
+
+@depends_on(*_STEP, "original_on_device")
+def full_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Adam on all parameters, with fp32 masters, as `finetune` trains them."""
+    masters = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), abstract.params
+    )
+    resident = {"original": tree_bytes(abstract.params)} if setting.original_on_device else {}
+    with target.compiling():
+        program = _step(abstract, setting, masters, None, None, target)
+    yield Stage("train", "full", {"step": program}, resident)
+
+
+def _on_frozen(
+    name: str,
+    method: str,
+    abstract: AbstractModel,
+    frozen: Any,
+    setting: Setting,
+    target: Target,
+    resident: dict[str, int] | None = None,
+) -> Stage:
+    adapters = abstract_adapters(abstract, setting)
+
+    def combine(adapters: Any, frozen: Any, key: jax.Array) -> Any:
+        del key
+        return attach(frozen, adapters)
+
+    with target.compiling():
+        program = _step(abstract, setting, adapters, frozen, combine, target)
+    return Stage(name, method, {"step": program}, resident or {})
+
+
+def _step(
+    abstract: AbstractModel,
+    setting: Setting,
+    trainables: Any,
+    frozen: Any,
+    combine: Callable[[Any, Any, jax.Array], Any] | None,
+    target: Target,
+) -> Program:
+    """The library's own step, lowered on shapes."""
+    apply = intercept(abstract.model.clone(remat=setting.remat).apply)
+    schedule = make_schedule(1e-3, steps=100, warmup=5)
+    tx = make_optimizer(schedule)
+    extra: dict[str, Any] = {} if combine is None else {"combine": combine}
+    step: Any = make_train_step(
+        make_loss(apply, chunk=setting.chunk),
+        tx,
+        accumulation=setting.accumulation,
+        schedule=schedule,
+        **extra,
+    )
+    state = jax.eval_shape(lambda tree: init_state(tree, tx), trainables)
+    arguments = {
+        "parameters": tree_bytes(frozen),
+        "trainables": tree_bytes(state.trainables),
+        "optimizer": tree_bytes(state.opt_state),
+    }
+    return Program(target.lower(step, state, frozen, setting.batch()), arguments)
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree)
