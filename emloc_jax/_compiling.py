@@ -1,12 +1,13 @@
 """How programs that loop over layers are compiled."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
-__all__ = ["compiling_for", "loop_options"]
+__all__ = ["LoopJit", "compiling_for", "loop_options"]
 
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
@@ -38,3 +39,33 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
+
+
+class LoopJit:
+    """`jax.jit` with `loop_options` that may also be called inside of another program.
+
+    JAX refuses options of its own to a program within a program; there it is compiled as the outer
+    one is. All else (`lower`, `trace`, ...) is that of the program by itself.
+
+    Args:
+      function: to compile.
+      **options: of `jax.jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> double = LoopJit(lambda x: 2 * x)
+      >>> int(double(jnp.int32(2))), int(jax.jit(lambda x: double(x) + 1)(jnp.int32(2)))
+      (4, 5)
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._alone = jax.jit(function, compiler_options=loop_options(), **options)
+        self._inside = jax.jit(function, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program, or becomes part of the one that is being traced."""
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        return (self._inside if traced else self._alone)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._alone, name)

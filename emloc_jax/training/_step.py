@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from emloc_jax._compiling import loop_options
+from emloc_jax._compiling import LoopJit
 from emloc_jax.errors import ConfigError
 from emloc_jax.training._loss import Loss
 from emloc_jax.training._state import TrainState
@@ -141,7 +141,7 @@ def make_train_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=loop_options())
+    return LoopJit(step, donate_argnums=0)
 
 
 def _cut(array: jax.Array, parts: int) -> jax.Array:

@@ -205,3 +205,19 @@ def test_impossible_requests():
         make_optimizer(0.0)
     with pytest.raises(ConfigError, match="decay"):
         make_optimizer(0.1, weight_decay=-1.0)
+
+
+def test_a_step_can_be_part_of_another_program():
+    tx = make_optimizer(0.1)
+    step, theta = make_train_step(quadratic, tx), {"theta": jnp.ones(3)}
+    alone = init_state(theta, tx)
+    for _ in range(3):
+        alone, metrics = step(alone, None, regression())
+
+    def body(state, batch):
+        return step(state, None, batch)
+
+    batches = jax.tree.map(lambda x: np.stack([x] * 3), regression())
+    inside, losses = jax.jit(lambda s, b: jax.lax.scan(body, s, b))(init_state(theta, tx), batches)
+    np.testing.assert_allclose(losses["loss"][-1], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(inside.trainables["theta"], alone.trainables["theta"], rtol=1e-5)
