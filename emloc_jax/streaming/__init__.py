@@ -4,4 +4,5 @@ Everything here walks a `BlockStack` whose parameters come from a `BlockSource`.
 those of the stages that hold the whole model, bit for bit where the layers are scanned.
 """
 
+from emloc_jax.streaming._lora_step import StreamedLoraStep as StreamedLoraStep
 from emloc_jax.streaming._walk import walk as walk
