@@ -53,7 +53,9 @@ class BlockInputs:
         """Sends the inputs of a block on their way to the device, without waiting."""
         if block in self._kept:
             values = self._kept.pop(block)
-            if self.place != "device":
+            if self.place == "host":
+                values = jax.device_put(values)
+            elif self.place == "pinned_host":
                 own = jax.sharding.SingleDeviceSharding(self._device)
                 values = jax.device_put(values, own)
             self._coming[block] = values

@@ -68,6 +68,10 @@ class AdapterLayers:
             part |= self._slice(stacked, index)
         return part
 
+    def shapes(self, tree: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The same of shapes."""
+        return jax.eval_shape(lambda tree: self.take(tree, index), tree)
+
     def put(self, sums: dict[str, Any], index: int, gradients: Any, *, add: bool) -> None:
         """Writes the gradients of one block into `sums`, in fp32, or adds them there.
 

@@ -18,7 +18,7 @@ from emloc_jax.streaming._lora_programs import HeadLoss, LoraPrograms, token_inp
 from emloc_jax.streaming._walk import walk
 from emloc_jax.training import TrainState, cut_batch, make_update
 
-__all__ = ["StreamedLoraStep"]
+__all__ = ["StreamedLoraStep", "micro_batches"]
 
 
 class StreamedLoraStep:
@@ -88,13 +88,13 @@ class StreamedLoraStep:
         if accumulation < 1:
             raise ConfigError(f"accumulation is {accumulation}; it must be at least 1.")
         check_place(inputs_in)
-        self.stack, self.accumulation, self.inputs_in = stack, accumulation, inputs_in
+        self.stack, self.tx, self.accumulation, self.inputs_in = stack, tx, accumulation, inputs_in
         self.programs = LoraPrograms(stack, head_loss, inputs=inputs, dropout=dropout)
         self.update = jax.jit(
             make_update(tx, clip=clip, schedule=schedule), donate_argnames="state"
         )
         self._dropout = dropout
-        self._keys = jax.jit(self._micro_keys)
+        self.keys = jax.jit(self._micro_keys)
         self._layers: AdapterLayers | None = None
         self._outer: tuple[BlockSource, Any] | None = None
 
@@ -124,9 +124,9 @@ class StreamedLoraStep:
         if self._layers is None:
             self._layers = AdapterLayers(adapters, self.stack.name, count)
         layers, programs = self._layers, self.programs
-        micro = _micro_batches(batch, self.accumulation)
+        micro = micro_batches(batch, self.accumulation)
         outer = self.outer(source)
-        keys = self._keys(adapters, state.rng, state.step)
+        keys = self.keys(adapters, state.rng, state.step)
         add = self.accumulation > 1
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dict(adapters))
 
@@ -196,6 +196,7 @@ class StreamedLoraStep:
         ]
 
 
-def _micro_batches(batch: Mapping[str, Any], accumulation: int) -> list[dict[str, Any]]:
+def micro_batches(batch: Mapping[str, Any], accumulation: int) -> list[dict[str, Any]]:
+    """The parts of a batch that `make_train_step` would scan over."""
     cut = {name: cut_batch(array, accumulation) for name, array in batch.items()}
     return [{name: array[m] for name, array in cut.items()} for m in range(accumulation)]
