@@ -6,6 +6,7 @@ Adapters are a small tree of their own, {path: Adapter}: `attach(emulator, adapt
 
 from emloc_jax.adapters._adapter import Adapter as Adapter
 from emloc_jax.adapters._attach import attach as attach
+from emloc_jax.adapters._attach import dropout_keys as dropout_keys
 from emloc_jax.adapters._bound import Bound as Bound
 from emloc_jax.adapters._bound import apply_bound as apply_bound
 from emloc_jax.adapters._choose_limit import choose_limit as choose_limit

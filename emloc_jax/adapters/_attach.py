@@ -11,7 +11,7 @@ from emloc_jax.adapters._keys import path_key, stacked_keys
 from emloc_jax.errors import AdapterMismatchError, ConfigError
 from emloc_jax.kernels import LoraKernel, peel, set_leaves
 
-__all__ = ["attach"]
+__all__ = ["attach", "dropout_keys"]
 
 
 def attach(
@@ -59,6 +59,7 @@ def attach(
                 f"Kernel '{path}' carries an adapter already. Attach to the tree without adapters, "
                 "or merge the first adapters before."
             )
+    keys = dropout_keys(key, adapters) if dropout > 0 and key is not None else {}
     return set_leaves(
         params,
         {
@@ -66,7 +67,7 @@ def attach(
                 base=bases[path],
                 lora_a=adapter.lora_a,
                 lora_b=adapter.lora_b,
-                dropout_key=_dropout_key(key, path, adapter) if dropout > 0 else None,
+                dropout_key=keys.get(path),
                 alpha=adapter.alpha,
                 rslora=adapter.rslora,
                 dropout=dropout,
@@ -77,6 +78,23 @@ def attach(
     )
 
 
-def _dropout_key(key: jax.Array | None, path: str, adapter: Adapter) -> jax.Array:
-    assert key is not None  # checked by the caller
-    return stacked_keys(path_key(key, path), adapter.stack_shape)
+def dropout_keys(key: jax.Array, adapters: Mapping[str, Adapter]) -> dict[str, jax.Array]:
+    """The keys that `attach` gives to the kernels for dropout.
+
+    Args:
+      key: random key of this step.
+      adapters: {path: Adapter}.
+
+    Returns:
+      {path: key}, of shape `(*stack,)`: one key per layer of a stacked kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> adapters = {"kernel": Adapter(jnp.ones((3, 2, 1)), jnp.ones((3, 1, 2)), alpha=3.0)}
+      >>> dropout_keys(jax.random.key(0), adapters)["kernel"].shape
+      (3,)
+    """
+    return {
+        path: stacked_keys(path_key(key, path), adapter.stack_shape)
+        for path, adapter in adapters.items()
+    }

@@ -47,6 +47,7 @@ from emloc_jax.training._scores import (
 )
 from emloc_jax.training._state import TrainState, init_state
 from emloc_jax.training._step import Combine, TrainStep, make_train_step
+from emloc_jax.training._update import Update, cut_batch, make_update
 
 __all__ = [
     "GLUE_TASKS",
@@ -69,8 +70,10 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainStep",
+    "Update",
     "check_label_metrics",
     "chunked_cross_entropy",
+    "cut_batch",
     "decays",
     "encode_labelled_rows",
     "encode_rows",
@@ -94,6 +97,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "make_update",
     "packed_batches",
     "pad_examples",
     "pad_labelled_examples",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from emloc_jax._compiling import LoopJit
 from emloc_jax.errors import ConfigError
 from emloc_jax.training._loss import Loss
 from emloc_jax.training._state import TrainState
+from emloc_jax.training._update import cut_batch, make_update
 
 __all__ = ["Combine", "TrainStep", "make_train_step"]
 
@@ -77,6 +77,7 @@ def make_train_step(
             f"accumulation is {accumulation} and clip {clip}; accumulation must be at least 1 and "
             "clip positive, or None."
         )
+    update = make_update(tx, clip=clip, schedule=schedule)
 
     def gradient_sums(state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> Any:
         def objective(trainables: Any) -> tuple[jax.Array, jax.Array]:
@@ -94,7 +95,7 @@ def make_train_step(
                 state, frozen, batch, jax.random.fold_in(key, 0)
             )
         else:
-            micro = jax.tree.map(lambda x: _cut(x, accumulation), dict(batch))
+            micro = jax.tree.map(lambda x: cut_batch(x, accumulation), dict(batch))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainables)
             zero = jnp.zeros((), jnp.float32)
 
@@ -106,48 +107,6 @@ def make_train_step(
             items = (jnp.arange(accumulation), micro)
             (total, weight, gradient), _ = jax.lax.scan(add, (zero, zero, zeros), items)
 
-        mean = total / weight
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-        if clip is not None:
-            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-            gradient = jax.tree.map(lambda g: g * scale, gradient)
-        gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, state.trainables)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.trainables)
-        trainables = optax.apply_updates(state.trainables, updates)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-        metrics = {
-            "loss": mean,
-            "weight": weight,
-            "grad_norm": norm,
-            "finite": finite,
-            "skipped": skipped,
-        }
-        if schedule is not None:
-            metrics["learning_rate"] = jnp.asarray(
-                schedule(state.step - state.skipped), jnp.float32
-            )
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            skipped=skipped,
-            trainables=keep(trainables, state.trainables),
-            opt_state=keep(opt_state, state.opt_state),
-        )
-        return state, metrics
+        return update(state, total, weight, gradient)
 
     return LoopJit(step, donate_argnums=0)
-
-
-def _cut(array: jax.Array, parts: int) -> jax.Array:
-    if array.shape[0] % parts:
-        raise ConfigError(
-            f"a batch of {array.shape[0]} sequences cannot be cut into {parts} equal "
-            "micro-batches; make batch_size a multiple of accumulation."
-        )
-    return array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
