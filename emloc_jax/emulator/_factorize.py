@@ -87,11 +87,14 @@ def _factorize_stack(kernel, moment, gradient, damping, rank) -> Factorization:
     arrays = (kernel, moment, gradient)
     weighting = "plain" if moment is None else "one_sided" if gradient is None else "two_sided"
     if not stack:
-        return Factorization(*_factorize_one(*arrays, damping, rank), weighting=weighting)
+        return Factorization(
+            *_factorize_one(kernel, moment, gradient, damping, rank), weighting=weighting
+        )
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), arrays)
     results = None
     for index in range(math.prod(stack)):
-        one = _factorize_one(*jax.tree.map(lambda a, i=index: a[i], flat), damping, rank)
+        own = (None if a is None else a[index] for a in flat)
+        one = _factorize_one(*own, damping, rank)  # pyright: ignore[reportCallIssue]
         if results is None:
             results = tuple(jnp.zeros((math.prod(stack), *a.shape), a.dtype) for a in one)
         results = _place(results, one, index)  # in place: the results are never there twice

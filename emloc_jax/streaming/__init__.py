@@ -4,4 +4,8 @@ Everything here walks a `BlockStack` whose parameters come from a `BlockSource`.
 those of the stages that hold the whole model, bit for bit where the layers are scanned.
 """
 
+from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
+from emloc_jax.streaming._model import StreamedModel as StreamedModel
+from emloc_jax.streaming._model import streamed_model as streamed_model
+from emloc_jax.streaming._spill import Spill as Spill
 from emloc_jax.streaming._walk import walk as walk
