@@ -2,10 +2,17 @@
 
 from emloc_jax.checkpoints._checkpoint_blocks import CheckpointBlocks as CheckpointBlocks
 from emloc_jax.checkpoints._emulator_config import EmulatorConfig as EmulatorConfig
+from emloc_jax.checkpoints._emulator_folder import emulator_config as emulator_config
 from emloc_jax.checkpoints._emulator_folder import load_emulator as load_emulator
 from emloc_jax.checkpoints._emulator_folder import save_emulator as save_emulator
+from emloc_jax.checkpoints._emulator_folder import write_emulator as write_emulator
+from emloc_jax.checkpoints._emulator_plan import EmulatorPlan as EmulatorPlan
+from emloc_jax.checkpoints._emulator_plan import plan_emulator as plan_emulator
+from emloc_jax.checkpoints._fingerprint import StackedSample as StackedSample
 from emloc_jax.checkpoints._fingerprint import base_fingerprint as base_fingerprint
 from emloc_jax.checkpoints._fingerprint import calibration_fingerprint as calibration_fingerprint
+from emloc_jax.checkpoints._fingerprint import stacked_fingerprint as stacked_fingerprint
+from emloc_jax.checkpoints._fingerprint import stacked_sample as stacked_sample
 from emloc_jax.checkpoints._load_adapter import AdapterInfo as AdapterInfo
 from emloc_jax.checkpoints._load_adapter import adapter_info as adapter_info
 from emloc_jax.checkpoints._load_adapter import load_adapter as load_adapter

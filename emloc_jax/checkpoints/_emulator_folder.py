@@ -5,7 +5,7 @@ it carries. `emulator.safetensors` holds a compressed kernel as `<path>/left` an
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax._files import new_directory
-from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, WORDS, all_finite
+from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, all_finite
 from emloc_jax.checkpoints._emulator_config import EmulatorConfig
+from emloc_jax.checkpoints._emulator_plan import EmulatorPlan, plan_emulator
 from emloc_jax.checkpoints._fingerprint import base_fingerprint
 from emloc_jax.checkpoints._hf_check import listed
 from emloc_jax.checkpoints._hf_read import nest
 from emloc_jax.checkpoints._layers import is_scanned
 from emloc_jax.checkpoints._pretrained import Pretrained
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
-from emloc_jax.checkpoints._safetensors_write import TensorPlan, planned_bytes, write_safetensors
+from emloc_jax.checkpoints._safetensors_write import (
+    Pieces,
+    planned_bytes,
+    write_safetensors,
+)
 from emloc_jax.emulator import CompressionReport
 from emloc_jax.errors import CheckpointError, NonFiniteError
-from emloc_jax.kernels import LowRankKernel, flatten_leaves, is_box, peel
+from emloc_jax.kernels import LowRankKernel
 
-__all__ = ["load_emulator", "save_emulator"]
+__all__ = [
+    "emulator_config",
+    "load_emulator",
+    "save_emulator",
+    "write_emulator",
+]
 
-_WEIGHTS, _CONFIG, _REPORT = "emulator.safetensors", "emulator_config.json", "report.json"
+WEIGHTS, CONFIG, _REPORT = "emulator.safetensors", "emulator_config.json", "report.json"
 
 
 def save_emulator(
@@ -74,41 +84,63 @@ def save_emulator(
     ...     load_emulator(folder, base)["up"]["kernel"].rank
     1
     """
-    arrays: dict[str, Any] = {}
-    ranks, layouts = {}, {}
-    for path, leaf in flatten_leaves(emulator).items():
-        leaf = peel(leaf)
-        if isinstance(leaf, LowRankKernel):
-            arrays[f"{path}/left"], arrays[f"{path}/right"] = peel(leaf.left), peel(leaf.right)
-            ranks[path], layouts[path] = leaf.rank, leaf.layout
-        elif is_box(leaf):
-            raise CheckpointError(
-                f"The leaf '{path}' is a {type(leaf).__name__}; an emulator holds arrays and "
-                "LowRankKernel boxes. Save the tree that compress returned."
-            )
-        else:
-            arrays[path] = leaf
-    odd = [path for path, array in arrays.items() if np.dtype(array.dtype) not in WORDS]
-    if odd:
-        raise CheckpointError(f"These leaves are not fp32, fp16 or bf16: {', '.join(odd[:8])}.")
-    plans = [TensorPlan(p, WORDS[np.dtype(a.dtype)], tuple(a.shape)) for p, a in arrays.items()]
-    name = base.source if isinstance(base, Pretrained) else base
-    config = EmulatorConfig(
-        base="" if isinstance(name, Mapping) else str(name),
-        base_fingerprint=base_fingerprint(base),
-        ranks=ranks,
-        layouts=layouts,
+    plan = plan_emulator(emulator)
+    config = emulator_config(
+        plan,
+        base=base,
         rules=rules,
         weighting=report.weighting if weighting is None and report else weighting,
+        calibration=calibration,
+        seed=seed,
+    )
+    with new_directory(folder, overwrite, needs=planned_bytes(plan.tensors)) as partial:
+        write_emulator(partial, plan, lambda path: np.asarray(plan.arrays[path]), config, report)
+    return Path(folder).absolute()
+
+
+def emulator_config(
+    plan: EmulatorPlan,
+    *,
+    base: Pretrained | str | os.PathLike | Mapping[str, Any],
+    rules: Any,
+    weighting: str | None,
+    calibration: str | None,
+    seed: int | None,
+) -> EmulatorConfig:
+    """What an emulator of this plan was made from and how; see `save_emulator`."""
+    name = base.source if isinstance(base, Pretrained) else base
+    return EmulatorConfig(
+        base="" if isinstance(name, Mapping) else str(name),
+        base_fingerprint=base_fingerprint(base),
+        ranks=plan.ranks,
+        layouts=plan.layouts,
+        rules=rules,
+        weighting=weighting,
         calibration_fingerprint=calibration,
         seed=seed,
     )
-    with new_directory(folder, overwrite, needs=planned_bytes(plans)) as partial:
-        write_safetensors(partial / _WEIGHTS, plans, lambda path: np.asarray(arrays[path]))
-        config.write(partial / _CONFIG)
-        if report is not None:
-            report.save(partial / _REPORT)
-    return Path(folder).absolute()
+
+
+def write_emulator(
+    folder: Path,
+    plan: EmulatorPlan,
+    read: Callable[[str], Pieces],
+    config: EmulatorConfig,
+    report: CompressionReport | None,
+) -> None:
+    """Writes an emulator's files into an empty folder of `new_directory`.
+
+    Args:
+      folder: where.
+      plan: what there is.
+      read: gives an array by its name, or its slices along the first axis one by one.
+      config: goes beside the arrays.
+      report: likewise, if there is one.
+    """
+    write_safetensors(folder / WEIGHTS, plan.tensors, read)
+    config.write(folder / CONFIG)
+    if report is not None:
+        report.save(folder / _REPORT)
 
 
 def load_emulator(
@@ -130,14 +162,14 @@ def load_emulator(
       NonFiniteError: a leaf has infinite or NaN entries.
     """
     folder = Path(folder)
-    config = EmulatorConfig.read(folder / _CONFIG)
+    config = EmulatorConfig.read(folder / CONFIG)
     if base is not None and base_fingerprint(base) != config.base_fingerprint:
         name = base.source if isinstance(base, Pretrained) else "the base given"
         raise CheckpointError(
             f"The emulator in {folder} was made from {config.base!r}, whose weights are not those "
             f"of {name}. Give that base, or make an emulator of this one."
         )
-    source = SafetensorsSource([folder / _WEIGHTS])
+    source = SafetensorsSource([folder / WEIGHTS])
     _check(source, config, folder)
     infinite = []
 

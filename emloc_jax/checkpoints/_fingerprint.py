@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,13 @@ from emloc_jax.checkpoints._locate import locate
 from emloc_jax.checkpoints._pretrained import Pretrained, open_source
 from emloc_jax.models import is_buffer
 
-__all__ = ["base_fingerprint", "calibration_fingerprint"]
+__all__ = [
+    "StackedSample",
+    "base_fingerprint",
+    "calibration_fingerprint",
+    "stacked_fingerprint",
+    "stacked_sample",
+]
 
 _WHOLE, _STRETCH, _COUNT = 1 << 16, 1 << 12, 16
 
@@ -69,19 +75,62 @@ def calibration_fingerprint(moments: Mapping[str, Any]) -> str:
     return "moments:" + _digest(entries)
 
 
+class StackedSample(NamedTuple):
+    """An array that is never whole in memory, as the fingerprint of second moments sees it.
+
+    Attributes:
+      name: of the array in its tree, as `jax.tree_util.keystr` gives it.
+      dtype: name of its type.
+      shape: of the whole.
+      sample: `stacked_sample` of all its pieces, joined in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sample: bytes
+
+
+def stacked_sample(piece: np.ndarray, index: int, count: int) -> bytes:
+    """The bytes of one piece that count, of an array that is `count` such pieces in a row.
+
+    >>> import numpy as np
+    >>> whole = np.arange(60_000, dtype=np.float32).reshape(2, -1)
+    >>> parts = [stacked_sample(whole[i], i, 2) for i in range(2)]
+    >>> stacked_sample(whole, 0, 1) == b"".join(parts), len(parts[0])
+    (True, 32768)
+    """
+    data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+    return _sample(data, index * data.size, count * data.size)
+
+
+def stacked_fingerprint(samples: Iterable[StackedSample]) -> str:
+    """`calibration_fingerprint` of moments that were seen piece by piece."""
+    digest = hashlib.sha256()
+    for name, dtype, shape, sample in sorted(samples):
+        _update(digest, name, dtype, shape, sample)
+    return "moments:" + digest.hexdigest()
+
+
 def _digest(entries: Iterable[_Entry]) -> str:
     digest = hashlib.sha256()
     for name, dtype, shape, read in sorted(entries, key=lambda entry: entry[0]):
-        digest.update(f"{name}|{dtype}|{shape}|".encode())
-        digest.update(_sample(read()))
+        data = read()
+        _update(digest, name, dtype, shape, _sample(data, 0, data.size))
     return digest.hexdigest()
 
 
-def _sample(data: np.ndarray) -> bytes:
-    if data.size <= _WHOLE:
+def _update(digest: Any, name: str, dtype: str, shape: tuple[int, ...], sample: bytes) -> None:
+    digest.update(f"{name}|{dtype}|{shape}|".encode())
+    digest.update(sample)
+
+
+def _sample(data: np.ndarray, offset: int, size: int) -> bytes:
+    """What is looked at of the bytes `offset : offset + data.size` of `size` in all."""
+    if size <= _WHOLE:
         return data.tobytes()
-    starts = np.linspace(0, data.size - _STRETCH, _COUNT).astype(np.int64)
-    return b"".join(data[start : start + _STRETCH].tobytes() for start in starts)
+    starts = np.linspace(0, size - _STRETCH, _COUNT).astype(np.int64) - offset
+    return b"".join(data[max(start, 0) : max(start + _STRETCH, 0)].tobytes() for start in starts)
 
 
 def _file_entries(path: Path) -> Iterable[_Entry]:

@@ -7,7 +7,7 @@ length, then JSON) is written here; the tests read the files back with the libra
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,17 @@ import numpy as np
 from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, all_finite
 from emloc_jax.errors import CheckpointError, NonFiniteError
 
-__all__ = ["TensorPlan", "plan_shards", "planned_bytes", "write_safetensors", "write_sharded"]
+__all__ = [
+    "Pieces",
+    "TensorPlan",
+    "plan_shards",
+    "planned_bytes",
+    "write_safetensors",
+    "write_sharded",
+]
+
+#: An array, or its slices along the first axis in order.
+Pieces = np.ndarray | Iterable[np.ndarray]
 
 
 class TensorPlan(NamedTuple):
@@ -44,7 +54,7 @@ def planned_bytes(plans: Iterable[TensorPlan]) -> int:
 def write_safetensors(
     path: Path,
     plans: Iterable[TensorPlan],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Pieces],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file, calling `read(name)` once per tensor, in order.
@@ -52,7 +62,8 @@ def write_safetensors(
     Args:
       path: a file inside a folder of `new_directory`, or a path of `new_file`.
       plans: the tensors; wider types are written first, so that all stay aligned.
-      read: gives the array of a name, of the planned shape; it is cast to the planned type.
+      read: gives the array of a name, of the planned shape, or its slices along the first axis
+        one by one, so that it is never whole in memory; they are cast to the planned type.
       metadata: strings for the header. `{"format": "pt"}` is what torch readers ask for.
 
     Raises:
@@ -70,10 +81,24 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in plans:
-            array = _cast(read(name), name, dtype, shape)
-            file.write(array.reshape(-1).view(np.uint8).data)
+            for array in _pieces(read(name), name, dtype, shape):
+                file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _pieces(found: Pieces, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    if isinstance(found, np.ndarray):
+        yield _cast(found, name, dtype, shape)
+        return
+    count = 0
+    for array in found:
+        yield _cast(array, name, dtype, shape[1:])
+        count += 1
+    if count != shape[0]:
+        raise CheckpointError(
+            f"Tensor {name!r} should have shape {shape}, but {count} slices of it were given."
+        )
 
 
 def _cast(array: np.ndarray, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,14 +1,13 @@
 """Compression: from a model and its second moments to an emulator and a report."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.emulator._allocate import allocate, ranks_for_rules
+from emloc_jax.emulator._entries import error_squares, kernel_report
 from emloc_jax.emulator._factorization import Factorization
 from emloc_jax.emulator._factorize_kernels import (
     Weighting,
@@ -17,12 +16,11 @@ from emloc_jax.emulator._factorize_kernels import (
     kernel_matrix,
 )
 from emloc_jax.emulator._moments import SecondMoment
-from emloc_jax.emulator._products import matmul
 from emloc_jax.emulator._report import CompressionReport, KernelReport
 from emloc_jax.emulator._selection import Reasons, candidates
 from emloc_jax.emulator._truncate import truncate
 from emloc_jax.errors import MomentShapeError, RatioError
-from emloc_jax.kernels import KernelSpec
+from emloc_jax.kernels import KernelSpec, get_leaf, peel
 
 __all__ = ["compress"]
 
@@ -174,46 +172,19 @@ def _entry(
     others: Reasons,
     weighting: Weighting,
 ) -> KernelReport:
-    size = math.prod(spec.shape)
-    width = np.dtype(spec.dtype).itemsize
     rank = ranks.get(spec.path)
     if rank is None:
-        status, reason = others.get(spec.path, ("kept", "no rank in reach makes it smaller"))
-        return KernelReport(
-            path=spec.path,
-            shape=spec.shape,
-            rank=None,
-            ratio=1.0,
-            calibration_error=None,
-            weighted_error=None,
-            bytes_before=size * width,
-            bytes_after=size * width,
-            status=status,  # pyright: ignore[reportArgumentType]
-            reason=reason,
-        )
-    kept = math.prod(spec.stack_shape) * rank * (spec.d_in + spec.d_out)
+        return kernel_report(spec, None, others=others)
     moment = None if weighting == "plain" or moments is None else moments[spec.path].sum
-    error = _measured_error(kernel_matrix(params, spec), kernel_matrix(emulator, spec), moment)
-    return KernelReport(
-        path=spec.path,
-        shape=spec.shape,
-        rank=rank,
-        ratio=kept / size,
-        calibration_error=float(error),
-        weighted_error=float(factorizations[spec.path].relative_errors()[rank]),
-        bytes_before=size * width,
-        bytes_after=kept * width,
-        status="compressed",
-    )
-
-
-@jax.jit
-def _measured_error(kernel: jax.Array, emulated: jax.Array, moment: jax.Array | None) -> jax.Array:
-    """`||X (K - K_E)|| / ||X K||`, over all stacked kernels."""
-
-    def norm(matrix: jax.Array) -> jax.Array:
-        weighted = matrix if moment is None else matmul(moment, matrix)
-        return jnp.sqrt(jnp.maximum(jnp.sum(matrix * weighted), 0))
-
-    whole = norm(kernel)
-    return norm(kernel - emulated) / jnp.where(whole > 0, whole, 1)
+    kernel, box = kernel_matrix(params, spec), get_leaf(emulator, spec.path)
+    stack = spec.stack_shape
+    left = peel(box.left).reshape(*stack, spec.d_in, rank)
+    right = peel(box.right).reshape(*stack, rank, spec.d_out)
+    errors = [
+        error_squares(
+            kernel[layer], left[layer], right[layer], None if moment is None else moment[layer]
+        )
+        for layer in np.ndindex(stack)
+    ]
+    squares = np.asarray(factorizations[spec.path].squares)
+    return kernel_report(spec, rank, squares, jax.device_get(errors))

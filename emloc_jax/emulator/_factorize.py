@@ -8,6 +8,7 @@ What follows needs a root of at most one of the two, on the side where it is the
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def factorize(
 
     Without weights this is the plain SVD; with `moment`, the activation-aware one-sided form; with
     both, the two-sided form. Runs jitted, in the dtype of `kernel` (float64 if JAX allows it), else
-    in fp32; stacked kernels run one after the other in the same program.
+    in fp32; stacked kernels run one after the other through the same program.
 
     In fp32 the error is within 1.001 of the float64 optimum as long as the optimal relative error
     is above about 5e-3 for any moments, and above 5e-4 where large features are single coordinates
@@ -76,26 +77,45 @@ def factorize(
     return _factorize_stack(jnp.asarray(kernel, dtype), *weights, float(damping), rank)
 
 
-@functools.partial(jax.jit, static_argnames=("damping", "rank"))
 def _factorize_stack(kernel, moment, gradient, damping, rank) -> Factorization:
-    """Maps over stack axes with a loop: batched decompositions are loops inside LAPACK anyway."""
+    """One matrix after the other: decompositions are not batched inside LAPACK anyway.
+
+    One program for a matrix, whether it stands alone or in a stack, so that a model whose layers
+    are factored as they come from a disk gets the very numbers that it gets whole.
+    """
     stack = kernel.shape[:-2]
-
-    def one(arrays):
-        left, right, squares = _factorize_matrix(*arrays, damping, rank)  # pyright: ignore
-        norms = jnp.linalg.norm(right, axis=1)
-        norms = jnp.where(norms > 0, norms, 1)
-        # One place to look: `squares` is NaN if anything is.
-        finite = jnp.isfinite(left).all() & jnp.isfinite(right).all()
-        return left * norms, right / norms[:, None], jnp.where(finite, squares, jnp.nan)
-
     arrays = (kernel, moment, gradient)
     weighting = "plain" if moment is None else "one_sided" if gradient is None else "two_sided"
     if not stack:
-        return Factorization(*one(arrays), weighting=weighting)
+        return Factorization(
+            *_factorize_one(kernel, moment, gradient, damping, rank), weighting=weighting
+        )
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), arrays)
-    mapped = jax.lax.map(one, flat)
-    return Factorization(*(a.reshape(*stack, *a.shape[1:]) for a in mapped), weighting=weighting)
+    results = None
+    for index in range(math.prod(stack)):
+        own = (None if a is None else a[index] for a in flat)
+        one = _factorize_one(*own, damping, rank)  # pyright: ignore[reportCallIssue]
+        if results is None:
+            results = tuple(jnp.zeros((math.prod(stack), *a.shape), a.dtype) for a in one)
+        results = _place(results, one, index)  # in place: the results are never there twice
+    assert results is not None
+    return Factorization(*(a.reshape(*stack, *a.shape[1:]) for a in results), weighting=weighting)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(results, one, index):
+    return tuple(whole.at[index].set(part) for whole, part in zip(results, one, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("damping", "rank"))
+def _factorize_one(kernel, moment, gradient, damping, rank):
+    """`(left, right, squares)` with rows of `right` of unit norm."""
+    left, right, squares = _factorize_matrix(kernel, moment, gradient, damping, rank)
+    norms = jnp.linalg.norm(right, axis=1)
+    norms = jnp.where(norms > 0, norms, 1)
+    # One place to look: `squares` is NaN if anything is.
+    finite = jnp.isfinite(left).all() & jnp.isfinite(right).all()
+    return left * norms, right / norms[:, None], jnp.where(finite, squares, jnp.nan)
 
 
 def _factorize_matrix(kernel, moment, gradient, damping, rank):

@@ -14,7 +14,7 @@ import numpy as np
 
 from emloc_jax._compiling import loop_options
 from emloc_jax.adapters import apply_bound, correction_terms, merged_kernel
-from emloc_jax.emulator import calibration_step, factorize, zero_sums
+from emloc_jax.emulator import Taps, calibration_step, factorize
 from emloc_jax.kernels import KernelSpec, find_kernels, flatten_leaves, intercept
 from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator, compressed
 from emloc_jax.memory._abstract_model import AbstractModel
@@ -180,10 +180,9 @@ def _moments(
         y = stack.block(variables["params"], given["x"], given["context"])
         return jnp.vdot(y.astype(jnp.float32), given["g"].astype(jnp.float32))
 
-    step: Any = calibration_step(
-        along, specs, mask=lambda given: given["segments"] > 0, gradients=setting.gradients
-    )
-    sums = jax.eval_shape(lambda: zero_sums(specs, gradients=setting.gradients))
+    taps = Taps(specs, gradients=setting.gradients)
+    step: Any = calibration_step(along, taps, mask=lambda given: given["segments"] > 0)
+    sums = jax.eval_shape(taps.zeros)
     given = {"x": x, "context": context, "g": x, "segments": segments}
     arguments = {"moments": tree_bytes(sums)}
     return Program(target.lower(step, block, sums, given), arguments)

@@ -4,8 +4,12 @@ Everything here walks a `BlockStack` whose parameters come from a `BlockSource`.
 those of the stages that hold the whole model, bit for bit where the layers are scanned.
 """
 
+from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
 from emloc_jax.streaming._lora_loss import streamed_loss as streamed_loss
 from emloc_jax.streaming._lora_memory import StreamedLoraMemory as StreamedLoraMemory
 from emloc_jax.streaming._lora_memory import streamed_lora_programs as streamed_lora_programs
 from emloc_jax.streaming._lora_step import StreamedLoraStep as StreamedLoraStep
+from emloc_jax.streaming._model import StreamedModel as StreamedModel
+from emloc_jax.streaming._model import streamed_model as streamed_model
+from emloc_jax.streaming._spill import Spill as Spill
 from emloc_jax.streaming._walk import walk as walk
