@@ -4,7 +4,12 @@ Everything here walks a `BlockStack` whose parameters come from a `BlockSource`.
 those of the stages that hold the whole model, bit for bit where the layers are scanned.
 """
 
+from emloc_jax.streaming._correct import StreamedCorrection as StreamedCorrection
 from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
+from emloc_jax.streaming._layer_adapters import AdaptedBlocks as AdaptedBlocks
+from emloc_jax.streaming._loss import stream_loss as stream_loss
+from emloc_jax.streaming._loss import stream_losses as stream_losses
+from emloc_jax.streaming._merge import stream_merge as stream_merge
 from emloc_jax.streaming._model import StreamedModel as StreamedModel
 from emloc_jax.streaming._model import streamed_model as streamed_model
 from emloc_jax.streaming._spill import Spill as Spill
