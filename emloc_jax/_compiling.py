@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 __all__ = ["LoopJit", "compiling_for", "loop_options"]
 
@@ -64,7 +65,7 @@ class LoopJit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program, or becomes part of the one that is being traced."""
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
         return (self._inside if traced else self._alone)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from emloc_jax.adapters._stack import each_matrix
 from emloc_jax.adapters._terms import CorrectionTerms
 from emloc_jax.errors import RatioError
 
@@ -50,7 +51,6 @@ def bound_gain(terms: CorrectionTerms, limit: jax.Array | float, *, bound: Bound
     return jnp.where(error > allowed, allowed / jnp.where(error > 0, error, 1.0), 1.0)
 
 
-@partial(jax.jit, static_argnames="bound")
 def apply_bound(terms: CorrectionTerms, limit: jax.Array | float, *, bound: Bound) -> jax.Array:
     """The corrected `lora_b` that goes with `terms.basis`: `b'' = b' - g · Delta`.
 
@@ -69,6 +69,12 @@ def apply_bound(terms: CorrectionTerms, limit: jax.Array | float, *, bound: Boun
       >>> [float(apply_bound(terms, x, bound="row")[0, 0]) for x in (0.0, 1.0, jnp.inf)]
       [1.0, 0.0, -3.0]
     """
+    one = partial(_apply_one, limit=jnp.asarray(limit, jnp.float32), bound=bound)
+    return each_matrix(one, terms.basis.shape[:-2], terms)
+
+
+@partial(jax.jit, static_argnames="bound")
+def _apply_one(terms: CorrectionTerms, *, limit: jax.Array, bound: Bound) -> jax.Array:
     return terms.learned - bound_gain(terms, limit, bound=bound) * terms.delta
 
 

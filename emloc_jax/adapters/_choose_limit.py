@@ -12,10 +12,10 @@ from emloc_jax._compiling import loop_options
 from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._attach import attach
 from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
-from emloc_jax.adapters._problem import HasSum, problems
+from emloc_jax.adapters._problem import HasSum, Problem, problems
 from emloc_jax.errors import NonFiniteError, NoTokensError
 
-__all__ = ["CANDIDATES", "choose_limit"]
+__all__ = ["CANDIDATES", "best_limit", "choose_limit", "limit_trials", "limits_to_try"]
 
 CANDIDATES = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
 
@@ -70,8 +70,11 @@ def choose_limit(
     for limit in candidates:
         check_limit(limit, bound)
     work = problems(adapters, params, emulator, moments)
-    limits = sorted({0.0, *map(float, candidates)})
-    trials = _trials(work, limits, bound)
+    limits = limits_to_try(candidates)
+    trials: dict[float, dict[str, Adapter]] = {limit: {} for limit in limits}
+    for problem in work:
+        for limit, adapter in limit_trials(problem, limits, bound).items():
+            trials[limit][problem.path] = adapter
     params = jax.device_put(params)  # once, if they still lie on the host
     evaluate = jax.jit(
         lambda params, trial, batch: loss(attach(params, trial), batch),
@@ -83,24 +86,33 @@ def choose_limit(
         measured = {limit: evaluate(params, trials[limit], batch) for limit in limits}
         for limit, pair in measured.items():
             totals[limit] += np.asarray([float(value) for value in pair])
-    return _best(totals)
+    return best_limit(totals)
 
 
-def _trials(work, limits, bound) -> dict[float, dict[str, Adapter]]:
-    """Adapters of every limit; equal in structure, so that they share one compilation."""
-    trials: dict[float, dict[str, Adapter]] = {limit: {} for limit in limits}
-    for problem in work:
-        terms = problem.terms()
-        for limit in limits:
-            trials[limit][problem.path] = (
-                problem.adapter.with_matrices(terms.basis, apply_bound(terms, limit, bound=bound))
-                if limit > 0
-                else problem.adapter
-            )
-    return trials
+def limits_to_try(candidates: Sequence[float]) -> list[float]:
+    """The candidates in order, with 0 among them."""
+    return sorted({0.0, *map(float, candidates)})
 
 
-def _best(totals: dict[float, np.ndarray]) -> tuple[float, dict[float, float]]:
+def limit_trials(problem: Problem, limits: Sequence[float], bound: Bound) -> dict[float, Adapter]:
+    """One kernel's adapter for every limit; equal in structure, so that they share a compilation.
+
+    Args:
+      problem: of the kernel.
+      limits: from `limits_to_try`.
+      bound: see `correct`.
+    """
+    terms = problem.terms()
+    return {
+        limit: problem.adapter.with_matrices(terms.basis, apply_bound(terms, limit, bound=bound))
+        if limit > 0
+        else problem.adapter
+        for limit in limits
+    }
+
+
+def best_limit(totals: Mapping[float, np.ndarray]) -> tuple[float, dict[float, float]]:
+    """The choice from the loss and weight sums of every limit; see `choose_limit`."""
     weight = totals[0.0][1]
     if not weight > 0:
         raise NoTokensError(

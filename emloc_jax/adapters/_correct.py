@@ -6,9 +6,9 @@ from typing import Any
 
 from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
-from emloc_jax.adapters._problem import HasSum, problems
+from emloc_jax.adapters._problem import HasSum, Problem, problems
 
-__all__ = ["correct"]
+__all__ = ["correct", "correct_kernel"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,14 @@ def correct(
     if limit == 0:
         return dict(adapters)
     logger.info("correcting %d adapters with limit %g per %s", len(work), limit, bound)
-    corrected = {}
-    for problem in work:
-        terms = problem.terms()
-        corrected[problem.path] = problem.adapter.with_matrices(
-            terms.basis, apply_bound(terms, float(limit), bound=bound), corrected=True
-        )
-    return corrected
+    return {problem.path: correct_kernel(problem, limit, bound) for problem in work}
+
+
+def correct_kernel(problem: Problem, limit: float, bound: Bound) -> Adapter:
+    """The corrected adapter of one kernel, or of a stack; see `correct`."""
+    if limit == 0:
+        return problem.adapter
+    terms = problem.terms()
+    return problem.adapter.with_matrices(
+        terms.basis, apply_bound(terms, float(limit), bound=bound), corrected=True
+    )

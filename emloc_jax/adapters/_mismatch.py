@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.adapters._bound import Bound, bound_gain
-from emloc_jax.adapters._stack import map_stack
+from emloc_jax.adapters._stack import each_matrix
 from emloc_jax.adapters._terms import CorrectionTerms, Emulated
 
 __all__ = ["Mismatch", "mismatch"]
@@ -32,7 +32,6 @@ class Mismatch(NamedTuple):
     ratio: jax.Array
 
 
-@partial(jax.jit, static_argnames="bound")
 def mismatch(
     terms: CorrectionTerms,
     kernel: jax.Array,
@@ -66,20 +65,25 @@ def mismatch(
       >>> [round(float(value), 3) for value in (result.before, result.after, result.ratio)]
       [0.354, 0.0, 0.707]
     """
+    one = partial(
+        _one_kernel,
+        scale=jnp.asarray(scale, jnp.float32),
+        limit=jnp.asarray(limit, jnp.float32),
+        bound=bound,
+    )
+    with jax.default_matmul_precision("highest"):
+        return each_matrix(one, terms.basis.shape[:-2], terms, kernel, emulated, moment)
+
+
+@partial(jax.jit, static_argnames="bound")
+def _one_kernel(terms, kernel, emulated, moment, *, scale, limit, bound) -> Mismatch:
     gain = bound_gain(terms, limit, bound=bound)
     cut = gain < 1
     if bound == "row":
         bounded = cut[..., 0].sum(-1) / jnp.maximum(terms.live.sum(-1), 1)
     else:
         bounded = cut.mean((-2, -1))
-    one = partial(_one_kernel, scale=jnp.asarray(scale, jnp.float32))
-    arguments = (terms, gain * terms.delta, kernel, emulated, moment)
-    with jax.default_matmul_precision("highest"):
-        span, inputs, ratio = map_stack(one, terms.basis.shape[:-2], *arguments)
-    return Mismatch(span[0], span[1], inputs[0], inputs[1], bounded, ratio)
-
-
-def _one_kernel(terms, subtracted, kernel, emulated, moment, *, scale):
+    subtracted = gain * terms.delta
     basis = jnp.where(terms.live, terms.basis, 0.0)
     if isinstance(emulated, tuple):
         emulated = emulated[0].astype(jnp.float32) @ emulated[1].astype(jnp.float32)
@@ -91,14 +95,15 @@ def _one_kernel(terms, subtracted, kernel, emulated, moment, *, scale):
     norms = (jnp.linalg.norm(subtracted), jnp.linalg.norm(terms.learned))
     ratio = jnp.where(norms[0] > 0, norms[0] / norms[1], 0.0)
     if moment is None:
-        return span, (None, None), ratio
+        return Mismatch(*span, None, None, bounded, ratio)
 
     moment = moment.astype(jnp.float32)
     seen, seen_error, seen_emulated = moment @ basis, moment @ error, moment @ emulated
     rest, seen_rest = error - scale * basis @ subtracted, seen_error - scale * seen @ subtracted
     seen_target = seen_emulated + scale * seen @ terms.learned
     pairs = ((error, seen_error), (rest, seen_rest), (target, seen_target))
-    return span, _relative(*((x * seen_x).sum() for x, seen_x in pairs)), ratio
+    inputs = _relative(*((x * seen_x).sum() for x, seen_x in pairs))
+    return Mismatch(*span, *inputs, bounded, ratio)
 
 
 def _relative(before, after, target) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from emloc_jax.adapters._bound import Bound, check_limit
 from emloc_jax.adapters._mismatch import mismatch
 from emloc_jax.adapters._problem import HasSum, Problem, problems
 
-__all__ = ["CorrectionReport", "KernelCorrection", "correction_report"]
+__all__ = ["CorrectionReport", "KernelCorrection", "correction_report", "kernel_corrections"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +145,12 @@ def correction_report(
     limit = float(limit)  # one compilation, whichever kind of number it is
     entries = []
     for problem in problems(adapters, params, emulator, moments):
-        entries += _entries(problem, limit, bound)
+        entries += kernel_corrections(problem, limit, bound)
     return CorrectionReport(limit, bound, moments is not None, tuple(entries))
 
 
-def _entries(problem: Problem, limit: float, bound: Bound) -> list[KernelCorrection]:
+def kernel_corrections(problem: Problem, limit: float, bound: Bound) -> list[KernelCorrection]:
+    """One kernel's entry of the report, or one per layer of a stack."""
     adapter = problem.adapter
     figures = mismatch(
         problem.terms(), *problem.matrices(), problem.moment, adapter.scale, limit, bound=bound

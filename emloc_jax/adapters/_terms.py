@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emloc_jax.adapters._stack import map_stack
+from emloc_jax.adapters._stack import each_matrix
 
 __all__ = ["CorrectionTerms", "Emulated", "correction_terms"]
 
@@ -35,7 +35,6 @@ class CorrectionTerms(NamedTuple):
     live: jax.Array
 
 
-@jax.jit
 def correction_terms(
     lora_a: jax.Array,
     lora_b: jax.Array,
@@ -75,9 +74,10 @@ def correction_terms(
     """
     one = partial(_one_kernel, scale=jnp.asarray(scale, jnp.float32))
     with jax.default_matmul_precision("highest"):
-        return map_stack(one, lora_a.shape[:-2], lora_a, lora_b, kernel, emulated, moment)
+        return each_matrix(one, lora_a.shape[:-2], lora_a, lora_b, kernel, emulated, moment)
 
 
+@jax.jit
 def _one_kernel(lora_a, lora_b, kernel, emulated, moment, *, scale) -> CorrectionTerms:
     basis, learned, live = _orthonormal(lora_a.astype(jnp.float32), lora_b.astype(jnp.float32))
     readable = jnp.where(live, basis, 0.0)  # arbitrary columns must not enter the solve

@@ -32,12 +32,7 @@ from emloc_jax.emulator import CompressionReport
 from emloc_jax.errors import CheckpointError, NonFiniteError
 from emloc_jax.kernels import LowRankKernel
 
-__all__ = [
-    "emulator_config",
-    "load_emulator",
-    "save_emulator",
-    "write_emulator",
-]
+__all__ = ["emulator_config", "load_emulator", "open_emulator", "save_emulator", "write_emulator"]
 
 WEIGHTS, CONFIG, _REPORT = "emulator.safetensors", "emulator_config.json", "report.json"
 
@@ -162,15 +157,7 @@ def load_emulator(
       NonFiniteError: a leaf has infinite or NaN entries.
     """
     folder = Path(folder)
-    config = EmulatorConfig.read(folder / CONFIG)
-    if base is not None and base_fingerprint(base) != config.base_fingerprint:
-        name = base.source if isinstance(base, Pretrained) else "the base given"
-        raise CheckpointError(
-            f"The emulator in {folder} was made from {config.base!r}, whose weights are not those "
-            f"of {name}. Give that base, or make an emulator of this one."
-        )
-    source = SafetensorsSource([folder / WEIGHTS])
-    _check(source, config, folder)
+    source, config = open_emulator(folder, base)
     infinite = []
 
     def read(name: str) -> Any:
@@ -203,6 +190,22 @@ def load_emulator(
             f"scan_layers={is_scanned(leaves)}."
         )
     return nest(leaves)
+
+
+def open_emulator(
+    folder: Path, base: Pretrained | str | os.PathLike | Mapping[str, Any] | None
+) -> tuple[SafetensorsSource, EmulatorConfig]:
+    """An emulator's arrays, opened but not read, and its config; see `load_emulator`."""
+    config = EmulatorConfig.read(folder / CONFIG)
+    if base is not None and base_fingerprint(base) != config.base_fingerprint:
+        name = base.source if isinstance(base, Pretrained) else "the base given"
+        raise CheckpointError(
+            f"The emulator in {folder} was made from {config.base!r}, whose weights are not those "
+            f"of {name}. Give that base, or make an emulator of this one."
+        )
+    source = SafetensorsSource([folder / WEIGHTS])
+    _check(source, config, folder)
+    return source, config
 
 
 def _check(source: SafetensorsSource, config: EmulatorConfig, folder: Path) -> None:

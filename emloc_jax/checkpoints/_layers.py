@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from emloc_jax.kernels import flatten_leaves, materialize
 
-__all__ = ["LayerLeaf", "is_scanned", "layer_leaves", "scanned_path"]
+__all__ = ["LayerLeaf", "LazyLeaf", "is_scanned", "layer_leaves", "scanned_path"]
 
 _UNROLLED = re.compile(r"layers/(\d+)/(.+)")
 
@@ -39,6 +39,25 @@ class LayerLeaf:
         if self.layer is not None:
             leaf = jax.tree.map(lambda x: x[self.layer], leaf)
         return np.asarray(materialize(leaf))
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLeaf:
+    """A parameter that is read when it is asked for.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      read: gives it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def array(self) -> np.ndarray:
+        """The parameter."""
+        return self.read()
 
 
 def is_scanned(paths: Any) -> bool:

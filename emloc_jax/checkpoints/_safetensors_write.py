@@ -22,7 +22,7 @@ __all__ = [
     "plan_shards",
     "planned_bytes",
     "write_safetensors",
-    "write_sharded",
+    "write_index",
 ]
 
 #: An array, or its slices along the first axis in order.
@@ -134,26 +134,17 @@ def plan_shards(plans: list[TensorPlan], largest: int) -> dict[str, list[TensorP
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": shards[i] for i in range(count)}
 
 
-def write_sharded(
-    folder: Path,
-    shards: Mapping[str, list[TensorPlan]],
-    read: Callable[[str], np.ndarray],
-    metadata: Callable[[str], Mapping[str, str] | None] = lambda shard: None,
-) -> None:
-    """Write the shards into `folder`, and their index when there is more than one.
-
-    Raises: as `write_safetensors`.
-    """
-    for shard, plans in shards.items():
-        write_safetensors(folder / shard, plans, read, metadata(shard))
-    if list(shards) != ["model.safetensors"]:
-        every = [plan for plans in shards.values() for plan in plans]
-        index = {
-            "metadata": {
-                "total_parameters": sum(math.prod(plan.shape) for plan in every),
-                "total_size": sum(plan.nbytes for plan in every),
-            },
-            "weight_map": {plan.name: shard for shard, plans in shards.items() for plan in plans},
-        }
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+def write_index(folder: Path, shards: Mapping[str, list[TensorPlan]]) -> None:
+    """Writes the index of several shards into `folder`; a single file has none."""
+    if list(shards) == ["model.safetensors"]:
+        return
+    every = [plan for plans in shards.values() for plan in plans]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(plan.shape) for plan in every),
+            "total_size": sum(plan.nbytes for plan in every),
+        },
+        "weight_map": {plan.name: shard for shard, plans in shards.items() for plan in plans},
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -1,32 +1,36 @@
 """A whole model as a Hugging Face folder that torch `transformers` loads."""
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emloc_jax._files import new_directory
+from emloc_jax._files import new_directory, new_file
 from emloc_jax.checkpoints._dtypes import WORDS
 from emloc_jax.checkpoints._gguf_source import GgufSource
 from emloc_jax.checkpoints._hf_check import listed
 from emloc_jax.checkpoints._hf_files import copy_side_files, write_gguf_side_files
 from emloc_jax.checkpoints._hf_read import parameter_dtype
-from emloc_jax.checkpoints._layers import LayerLeaf, layer_leaves
+from emloc_jax.checkpoints._layers import LayerLeaf, LazyLeaf, layer_leaves
 from emloc_jax.checkpoints._pretrained import Pretrained, open_source
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._safetensors_write import (
     TensorPlan,
     plan_shards,
     planned_bytes,
-    write_sharded,
+    write_index,
+    write_safetensors,
 )
 from emloc_jax.checkpoints._stored_names import stored_names
 from emloc_jax.errors import CheckpointError
 from emloc_jax.models import HfTensor, hf_storage, hf_tensor_names
 
-__all__ = ["save_pretrained"]
+__all__ = ["PretrainedFiles", "pretrained_files", "save_pretrained"]
+
+Leaves = Mapping[str, LayerLeaf] | Mapping[str, LazyLeaf]
 
 _SHARD = 5 * 10**9
 
@@ -63,9 +67,70 @@ def save_pretrained(
       CheckpointError: parameters are missing, unexpected or of a wrong shape, or the disk is full.
       NonFiniteError: a parameter has infinite or NaN entries.
     """
+    files = pretrained_files(layer_leaves(params), like, dtype)
+    with new_directory(folder, overwrite, needs=files.nbytes) as partial:
+        files.write(partial)
+    return Path(folder).absolute()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedFiles:
+    """The files of a model's folder, before they are written.
+
+    Attributes:
+      shards: the tensors of each weights file.
+      read: gives a tensor by its name.
+      metadata: of each weights file.
+      finish: writes the files that are no weights into a folder.
+    """
+
+    shards: dict[str, list[TensorPlan]]
+    read: Callable[[str], np.ndarray]
+    metadata: Callable[[str], Mapping[str, str]]
+    finish: Callable[[Path], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be written, with a guess for the headers."""
+        return planned_bytes([plan for plans in self.shards.values() for plan in plans])
+
+    def write(self, folder: Path, on_shard: Callable[[int, int], None] | None = None) -> None:
+        """Writes all files into a folder, but for weights files that are there already.
+
+        Every weights file appears whole or not at all, so a killed process can be gone on with.
+
+        Args:
+          folder: of this model alone.
+          on_shard: called with the number of weights files done and of all.
+        """
+        there = [shard for shard in self.shards if (folder / shard).is_file()]
+        left = [
+            plan for shard, plans in self.shards.items() if shard not in there for plan in plans
+        ]
+        for number, (shard, plans) in enumerate(self.shards.items(), 1):
+            if shard not in there:
+                with new_file(folder / shard, needs=planned_bytes(left)) as partial:
+                    write_safetensors(partial, plans, self.read, self.metadata(shard))
+                del left[: len(plans)]
+            if on_shard is not None:
+                on_shard(number, len(self.shards))
+        write_index(folder, self.shards)
+        self.finish(folder)
+
+
+def pretrained_files(leaves: Leaves, like: Pretrained, dtype: Any = None) -> PretrainedFiles:
+    """What `save_pretrained` writes, of parameters that may be read one at a time.
+
+    Args:
+      leaves: every parameter by its unrolled path.
+      like: see `save_pretrained`.
+      dtype: see `save_pretrained`.
+
+    Raises:
+      CheckpointError: see `save_pretrained`.
+    """
     wanted = parameter_dtype(dtype)
     source, found = open_source(like.source)
-    leaves = layer_leaves(params)
     names = _match(leaves, like.config)
     # A GGUF base has other names, and the base's own files have no place for a new head.
     base = None if isinstance(source, GgufSource) or like.fresh else source
@@ -86,25 +151,24 @@ def save_pretrained(
         kept = {} if base is None else base.metadata[like.source / shard]
         return {"format": "pt"} | kept
 
-    needs = planned_bytes([plan for plans in shards.values() for plan in plans])
-    with new_directory(folder, overwrite, needs=needs) as partial:
-        write_sharded(partial, shards, read, metadata)
+    def finish(folder: Path) -> None:
         if base is not None:
             changed = None if like.hf_config == found else like.hf_config
-            copy_side_files(like.source, partial, None if wanted is None else str(wanted), changed)
+            copy_side_files(like.source, folder, None if wanted is None else str(wanted), changed)
+            return
+        stored = _DTYPE_NAMES[shards[next(iter(shards))][0].dtype]
+        if isinstance(source, GgufSource):
+            write_gguf_side_files(source, folder, stored)
         else:
-            stored = _DTYPE_NAMES[shards[next(iter(shards))][0].dtype]
-            if isinstance(source, GgufSource):
-                write_gguf_side_files(source, partial, stored)
-            else:
-                copy_side_files(like.source, partial, stored, like.hf_config)
-    return Path(folder).absolute()
+            copy_side_files(like.source, folder, stored, like.hf_config)
+
+    return PretrainedFiles(shards, read, metadata, finish)
 
 
 _DTYPE_NAMES = {word: str(dtype) for dtype, word in WORDS.items()}
 
 
-def _match(leaves: Mapping[str, LayerLeaf], config: Any) -> dict[str, tuple[str, HfTensor]]:
+def _match(leaves: Leaves, config: Any) -> dict[str, tuple[str, HfTensor]]:
     """HF name -> (path, tensor), once the tree is known to have exactly the model's leaves."""
     wanted = hf_tensor_names(config)
     problems = [f"missing: {path}" for path in wanted if path not in leaves]
@@ -145,7 +209,7 @@ def _base_plans(
 
 def _standard_plans(
     names: Mapping[str, tuple[str, HfTensor]],
-    leaves: Mapping[str, LayerLeaf],
+    leaves: Leaves,
     dtype: np.dtype | None,
 ) -> list[TensorPlan]:
     """Every tensor of the model under its Hugging Face name, in model order."""

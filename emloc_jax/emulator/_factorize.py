@@ -72,9 +72,9 @@ def factorize(
     if damping is None:
         damping = ONE_SIDED_DAMPING if gradient is None else TWO_SIDED_DAMPING
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    weights = [None if w is None else jnp.asarray(w, dtype) for w in (moment, gradient)]
+    moment, gradient = (None if w is None else jnp.asarray(w, dtype) for w in (moment, gradient))
     rank = min(max_rank, d_in, d_out)
-    return _factorize_stack(jnp.asarray(kernel, dtype), *weights, float(damping), rank)
+    return _factorize_stack(jnp.asarray(kernel, dtype), moment, gradient, float(damping), rank)
 
 
 def _factorize_stack(kernel, moment, gradient, damping, rank) -> Factorization:

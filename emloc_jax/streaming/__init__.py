@@ -4,11 +4,16 @@ Everything here walks a `BlockStack` whose parameters come from a `BlockSource`.
 those of the stages that hold the whole model, bit for bit where the layers are scanned.
 """
 
+from emloc_jax.streaming._correct import StreamedCorrection as StreamedCorrection
 from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
+from emloc_jax.streaming._layer_adapters import AdaptedBlocks as AdaptedBlocks
 from emloc_jax.streaming._lora_loss import streamed_loss as streamed_loss
 from emloc_jax.streaming._lora_memory import StreamedLoraMemory as StreamedLoraMemory
 from emloc_jax.streaming._lora_memory import streamed_lora_programs as streamed_lora_programs
 from emloc_jax.streaming._lora_step import StreamedLoraStep as StreamedLoraStep
+from emloc_jax.streaming._loss import stream_loss as stream_loss
+from emloc_jax.streaming._loss import stream_losses as stream_losses
+from emloc_jax.streaming._merge import stream_merge as stream_merge
 from emloc_jax.streaming._model import StreamedModel as StreamedModel
 from emloc_jax.streaming._model import streamed_model as streamed_model
 from emloc_jax.streaming._spill import Spill as Spill

@@ -88,7 +88,8 @@ class StreamedLoraStep:
         if accumulation < 1:
             raise ConfigError(f"accumulation is {accumulation}; it must be at least 1.")
         check_place(inputs_in)
-        self.stack, self.tx, self.accumulation, self.inputs_in = stack, tx, accumulation, inputs_in
+        self.stack, self.tx, self.accumulation = stack, tx, accumulation
+        self.inputs_in: Place = inputs_in
         self.programs = LoraPrograms(stack, head_loss, inputs=inputs, dropout=dropout)
         self.update = jax.jit(
             make_update(tx, clip=clip, schedule=schedule), donate_argnames="state"

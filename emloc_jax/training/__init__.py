@@ -23,6 +23,7 @@ from emloc_jax.training._evaluate import (
     LossReport,
     evaluate_generation,
     evaluate_loss,
+    mean_loss,
 )
 from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_rows
 from emloc_jax.training._hub_rows import hub_records, read_hub_rows
@@ -80,6 +81,7 @@ __all__ = [
     "evaluate_generation",
     "evaluate_labels",
     "evaluate_loss",
+    "mean_loss",
     "exact_match",
     "glue_task",
     "hub_records",

@@ -17,7 +17,14 @@ from emloc_jax.training._loss import Loss
 from emloc_jax.training._rows import Row
 from emloc_jax.training._scores import score_named
 
-__all__ = ["Answer", "GenerationReport", "LossReport", "evaluate_generation", "evaluate_loss"]
+__all__ = [
+    "Answer",
+    "GenerationReport",
+    "LossReport",
+    "evaluate_generation",
+    "evaluate_loss",
+    "mean_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ def evaluate_loss(
         weight += float(batch_weight)
         if on_batch is not None:
             on_batch(done)
+    return mean_loss(total, weight)
+
+
+def mean_loss(total: float, weight: float) -> LossReport:
+    """The report of a loss sum and a weight sum; refuses, as `evaluate_loss` does."""
     if weight == 0:
         raise NoTokensError("the loss was asked for, but the batches have no learnt token.")
     if not math.isfinite(total):

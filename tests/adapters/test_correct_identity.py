@@ -57,7 +57,7 @@ def test_rank_above_d_in_keeps_rank_and_scale():
 
 
 def test_no_further_compilation_for_another_kernel_or_limit():
-    from emloc_jax.adapters._terms import correction_terms
+    from emloc_jax.adapters._terms import _one_kernel as correction_terms
 
     for seed, limit, ratio in [(0, 3.0, 1.0), (1, 0.5, 2.0), (2, math.inf, 4.0)]:
         case = make_case(seed=seed, ratio=ratio)
