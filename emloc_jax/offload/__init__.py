@@ -17,6 +17,7 @@ from emloc_jax.offload._error import estimation_error as estimation_error
 from emloc_jax.offload._fit import fit as fit
 from emloc_jax.offload._fit_options import FitOptions as FitOptions
 from emloc_jax.offload._fit_options import FitReport as FitReport
+from emloc_jax.offload._host_memory import free_host_memory as free_host_memory
 from emloc_jax.offload._lane_times import LaneTimes as LaneTimes
 from emloc_jax.offload._lane_times import closed_form as closed_form
 from emloc_jax.offload._link import DevicePutLink as DevicePutLink
