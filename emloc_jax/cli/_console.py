@@ -63,8 +63,8 @@ def tick(description: str, total: int) -> Iterator[Callable[..., None]]:
     with _progress() as progress:
         task = progress.add_task(description, total=total, note="")
 
-        def move(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, note=note)
+        def move(done: int, note: str = "", total: int = total) -> None:
+            progress.update(task, completed=done, note=note, total=total)
 
         yield move
 

@@ -38,6 +38,7 @@ _VERBS: dict[str, type] = {
     "eval": options.EvalConfig,
     "generate": options.GenerateConfig,
 }
+_RESUMABLE = {"finetune", "emulate", "merge"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +102,10 @@ def _runner(parsed: argparse.Namespace) -> Callable[[], Any]:
         return lambda: run_doctor(config)
     import emloc_jax.cli._verbs as verbs
 
-    return lambda: getattr(verbs, f"run_{parsed.verb}")(config)
+    run = getattr(verbs, f"run_{parsed.verb}")
+    if parsed.verb in _RESUMABLE:
+        return lambda: run(config, resume=parsed.resume)
+    return lambda: run(config)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         verb.add_argument("--config", metavar="FILE", help="YAML file with options")
         verb.add_argument("-v", "--verbose", action="store_true", help="show the library's log")
-        if name == "finetune":
+        if name in _RESUMABLE:
             verb.add_argument("--resume", action="store_true", help="go on with an unfinished run")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="options, see above")
     return parser

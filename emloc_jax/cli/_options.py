@@ -29,6 +29,13 @@ __all__ = [
 Dtype = Literal["float32", "bfloat16"]
 
 
+STREAM = (
+    "read the model a block at a time: true, false, or auto: if its parameters take more than 40 % "
+    "of free memory"
+)
+ACTIVATIONS = "streamed: activations that may lie in host memory; the rest goes to files"
+
+
 def option(default: Any, doc: str) -> Any:
     """A field with a default and the sentence that `--help` prints."""
     if isinstance(default, (list, dict)):
@@ -249,6 +256,8 @@ class EmulateConfig:
 
     output: str = option(MISSING, "new folder for the emulator")
     seed: int = option(0, "seed of the choice of calibration rows")
+    stream: str = option("auto", STREAM)
+    activations: str = option("4GiB", ACTIVATIONS)
     model: ModelOptions = group(ModelOptions)
     data: DataOptions = group(DataOptions)
     emulator: EmulatorOptions = group(EmulatorOptions)
@@ -262,6 +271,8 @@ class CorrectConfig:
     emulator: str = option(MISSING, "emulator folder it was trained on")
     output: str = option(MISSING, "new folder for the corrected adapter")
     seed: int = option(0, "seed of the choice of calibration rows")
+    stream: str = option("auto", STREAM)
+    activations: str = option("4GiB", ACTIVATIONS)
     model: ModelOptions = group(ModelOptions)
     data: OptionalDataOptions = group(OptionalDataOptions)
     calibration: CalibrationOptions = group(CalibrationOptions)
@@ -274,6 +285,7 @@ class MergeConfig:
 
     adapter: str = option(MISSING, "adapter folder")
     output: str = option(MISSING, "new folder for the merged model")
+    stream: str = option("auto", STREAM)
     model: ModelOptions = group(ModelOptions)
 
 
@@ -286,6 +298,7 @@ class ExportConfig:
     )
     adapter: str | None = option(None, "adapter to merge (or, for peft, to write)")
     output: str = option(MISSING, "new folder")
+    stream: str = option("auto", STREAM)
     model: ModelOptions = group(ModelOptions)
 
 
@@ -296,6 +309,7 @@ class EvalConfig:
     adapter: str | None = option(None, "adapter folder to attach")
     emulator: str | None = option(None, "emulator folder to evaluate instead of the original")
     output: str | None = option(None, "new folder for report and predictions; null: only print")
+    stream: str = option("auto", STREAM)
     model: ModelOptions = group(ModelOptions)
     data: OptionalDataOptions = group(OptionalDataOptions)
     eval: ScoreOptions = group(ScoreOptions)
@@ -319,6 +333,7 @@ class GenerateConfig:
     emulator: str | None = option(None, "emulator folder to run instead of the original")
     chat: bool = option(True, "use the tokenizer's chat template, if it has one")
     system: str | None = option(None, "system turn of the chat")
+    stream: str = option("auto", STREAM)
     model: ModelOptions = group(ModelOptions)
     sampling: SamplingOptions = group(SamplingOptions)
 

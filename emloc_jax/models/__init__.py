@@ -10,12 +10,13 @@ from emloc_jax.models.decoder import Decoder
 from emloc_jax.models.encoder import Encoder
 from emloc_jax.models.encoder_config import EncoderConfig
 from emloc_jax.models.families import supported_architectures
-from emloc_jax.models.generation import generate
+from emloc_jax.models.generation import check_settings, choose_token, generate, row_keys
 from emloc_jax.models.gpt2 import Gpt2
 from emloc_jax.models.gpt2_config import Gpt2Config
 from emloc_jax.models.hf_names import hf_storage, hf_tensor_names, is_buffer
 from emloc_jax.models.hf_storage import HfStorage, HfTensor
 from emloc_jax.models.layer_layout import stack_layers, unstack_layers
+from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.registry import config_from_hf, model_from_config, model_from_hf
 from emloc_jax.models.rope import RopeScaling
 from emloc_jax.models.sampling import sample_tokens
@@ -36,6 +37,11 @@ __all__ = [
     "RopeScaling",
     "block_stack",
     "config_from_hf",
+    "check_settings",
+    "choose_token",
+    "row_keys",
+    "check_prompts",
+    "pad_prompts",
     "generate",
     "grow_cache",
     "hf_storage",

@@ -17,7 +17,7 @@ from emloc_jax.models.causal import CausalModel
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.sampling import sample_tokens
 
-__all__ = ["generate"]
+__all__ = ["check_settings", "choose_token", "generate", "row_keys"]
 
 
 def generate(
@@ -74,7 +74,7 @@ def generate(
         >>> [len(reply) for reply in replies]
         [5, 5]
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p, key, batch_size, pad_to)
+    check_settings(max_new_tokens, temperature, top_k, top_p, key, batch_size, pad_to)
     check_prompts(model.config, prompts, max_new_tokens)
     if not len(prompts):
         return []
@@ -93,7 +93,7 @@ def generate(
         batch = prompts[first : first + rows]
         tokens, positions = pad_prompts(batch, rows=rows, pad_to=pad_to)
         if sampling:
-            sampling["keys"] = _row_keys(key, first + jnp.arange(rows))
+            sampling["keys"] = row_keys(key, first + jnp.arange(rows))
         new, counts = _generate_batch(
             params,
             tokens,
@@ -112,8 +112,38 @@ def generate(
 
 
 @jax.jit
-def _row_keys(key, rows):
+def row_keys(key: Array, rows: Array) -> Array:
+    """The key of every row."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def choose_token(
+    logits: Array,
+    keys: Array | None,
+    step: Array,
+    *,
+    temperature: Array | None = None,
+    top_k: int | None = None,
+    top_p: Array | None = None,
+) -> Array:
+    """The next token of every row: the likeliest, or with keys one that is drawn.
+
+    Args:
+        logits: (B, V).
+        keys: (B,) of ``row_keys``, or None.
+        step: number of the new token, folded into the keys.
+        temperature: see ``generate``.
+        top_k: see ``generate``.
+        top_p: see ``generate``.
+
+    Returns:
+        (B,) int32.
+    """
+    if keys is None or temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+    return sample_tokens(keys, logits, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "config", "dtype", "max_new_tokens", "top_k"))
@@ -127,11 +157,11 @@ def _generate_batch(
 
     def choose(logits, step):
         if not sampling:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(sampling["keys"])
-        return sample_tokens(
-            keys,
+            return choose_token(logits, None, step)
+        return choose_token(
             logits,
+            sampling["keys"],
+            step,
             temperature=sampling["temperature"],
             top_k=top_k,
             top_p=sampling.get("top_p"),
@@ -178,7 +208,8 @@ def _generate_batch(
     return state["new"], state["count"]
 
 
-def _check_settings(max_new_tokens, temperature, top_k, top_p, key, batch_size, pad_to) -> None:
+def check_settings(max_new_tokens, temperature, top_k, top_p, key, batch_size, pad_to) -> None:
+    """Refuses impossible settings of ``generate``."""
     wrong = None
     if max_new_tokens < 1:
         wrong = f"max_new_tokens={max_new_tokens}; it must be at least 1"

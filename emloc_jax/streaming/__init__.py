@@ -6,6 +6,7 @@ those of the stages that hold the whole model, bit for bit where the layers are 
 
 from emloc_jax.streaming._correct import StreamedCorrection as StreamedCorrection
 from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
+from emloc_jax.streaming._generate import stream_generate as stream_generate
 from emloc_jax.streaming._layer_adapters import AdaptedBlocks as AdaptedBlocks
 from emloc_jax.streaming._lora_loss import streamed_loss as streamed_loss
 from emloc_jax.streaming._lora_memory import StreamedLoraMemory as StreamedLoraMemory

@@ -10,8 +10,14 @@ from emloc_jax.checkpoints import CheckpointBlocks, EmulatorBlocks, load_emulato
 from emloc_jax.emulator import calibrate
 from emloc_jax.errors import AdapterMismatchError, OutputExistsError, ResumeError
 from emloc_jax.kernels import intercept
-from emloc_jax.models import MemoryBlocks, block_stack
-from emloc_jax.streaming import AdaptedBlocks, StreamedCorrection, stream_loss, stream_merge
+from emloc_jax.models import MemoryBlocks, block_stack, generate
+from emloc_jax.streaming import (
+    AdaptedBlocks,
+    StreamedCorrection,
+    stream_generate,
+    stream_loss,
+    stream_merge,
+)
 from emloc_jax.training import evaluate_loss, make_loss
 from tests.checkpoints.tiny import save_tiny
 from tests.streaming.tiny_run import (
@@ -73,6 +79,20 @@ def test_loss(case):
         stream_loss(base.model, EmulatorBlocks(home / "emulator", base), batches(), **options)
         == wanted
     )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation(case, temperature):
+    home, base, adapters = case
+    prompts = [[5, 6, 7, 8, 9], [3], [11, 12, 13]]
+    options = dict(max_new_tokens=6, pad_to=4, batch_size=2, eos_ids=[40])
+    if temperature:
+        options |= dict(temperature=temperature, top_k=20, top_p=0.9, key=jax.random.key(3))
+    apply = intercept(base.model.apply)
+    wanted = generate(base.model, attach(base.params, adapters), prompts, apply=apply, **options)
+    source = AdaptedBlocks(CheckpointBlocks(abstract(home)), adapters)
+    assert stream_generate(base.model, source, prompts, **options) == wanted
+    assert len({tuple(reply) for reply in wanted}) > 1
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

@@ -1,0 +1,94 @@
+"""The commands that write a model in another form."""
+
+from typing import Any
+
+from emloc_jax._files import check_new
+from emloc_jax.adapters import attach, merge
+from emloc_jax.checkpoints import (
+    adapter_info,
+    load_adapter,
+    save_adapter,
+    save_orbax,
+    save_pretrained,
+)
+from emloc_jax.cli._console import say, status, tick
+from emloc_jax.cli._options import ExportConfig, MergeConfig
+from emloc_jax.cli._session import Session, open_session
+from emloc_jax.cli._stream import wants_stream
+from emloc_jax.errors import ConfigError
+from emloc_jax.streaming import stream_merge
+
+__all__ = ["run_export", "run_merge"]
+
+
+def run_merge(config: MergeConfig, *, resume: bool = False) -> None:
+    """Adds an adapter into its base; writes a Hugging Face folder.
+
+    Args:
+      config: all options.
+      resume: go on with a streamed merge that was killed.
+    """
+    if not resume:
+        check_new(config.output)
+    streamed = wants_stream(config.stream, config.model)
+    if resume and not streamed:
+        raise ConfigError(
+            "--resume goes on with a model that is written a tensor at a time. Give stream=true, "
+            "or leave --resume out."
+        )
+    session = open_session(config.model, abstract=streamed)
+    adapters = load_adapter(config.adapter, session.base)
+    if streamed:
+        _stream(config.output, session, adapters, resume=resume)
+    else:
+        with status("Writing"):
+            # Attached, not merged: the writer adds them tensor by tensor, without a second model.
+            save_pretrained(config.output, attach(session.base.params, adapters), like=session.base)
+    say(f"The merged model is in {config.output}.")
+
+
+def run_export(config: ExportConfig) -> None:
+    """Writes a model or an adapter in another format."""
+    if config.format == "peft" and config.adapter is None:
+        raise ConfigError("format=peft writes an adapter; give it as adapter=FOLDER.")
+    check_new(config.output)
+    # An adapter is written without the base's weights.
+    streamed = config.format == "peft" or wants_stream(config.stream, config.model)
+    if streamed and config.format == "orbax":
+        raise ConfigError(
+            "Orbax parameters are written from a model that is whole in memory. Give stream=false "
+            "on a machine that holds it, or export with format=huggingface."
+        )
+    session = open_session(config.model, abstract=streamed)
+    adapters = load_adapter(config.adapter, session.base) if config.adapter else None
+    if config.format == "huggingface" and streamed:
+        _stream(config.output, session, adapters, resume=False)
+    else:
+        with status("Writing"):
+            _write(config, session, adapters)
+    say(f"Written to {config.output}.")
+
+
+def _write(config: ExportConfig, session: Session, adapters: Any) -> None:
+    params = session.base.params
+    match config.format:
+        case "peft":
+            limit = adapter_info(str(config.adapter)).limit
+            save_adapter(config.output, adapters, base=session.base, limit=limit)
+        case "orbax":
+            params = params if adapters is None else merge(params, adapters)
+            save_orbax(config.output, params, hf_config=session.base.hf_config)
+        case _:
+            params = session.with_adapters(params, adapters)
+            save_pretrained(config.output, params, like=session.base)
+
+
+def _stream(output: str, session: Session, adapters: Any, *, resume: bool) -> None:
+    with tick("Writing", 1) as move:
+        stream_merge(
+            output,
+            session.base,
+            adapters,
+            resume=resume,
+            on_shard=lambda done, total: move(done, total=total),
+        )
