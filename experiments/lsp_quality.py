@@ -19,6 +19,7 @@ compilation and no evaluation.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class Method:
                 fit=FitOptions(steps=task.fit_steps, threshold=task.threshold, decay_to=0.1),
                 refit_every=task.refit_every,
                 clip=CLIP,
+                normalize=task.normalize,
                 seed=seed,
             )
         scale = optax.scale_by_adam()
@@ -162,7 +164,8 @@ class Method:
 
 def run(args):
     for name in args.tasks:
-        bench = (Classifier if name == "banking77" else Language)(TASKS[name], args.data)
+        task = dataclasses.replace(TASKS[name], normalize=not args.raw_steps)
+        bench = (Classifier if name == "banking77" else Language)(task, args.data)
         evaluate = bench.evaluator()
         if not any(r["task"] == name and r["method"] == "none" for r in read(args.output)):
             scores = {"dev": evaluate(bench.params, bench.dev)}
@@ -218,6 +221,7 @@ def main():
         "--rate", nargs="+", type=fixed_rate, default=[], metavar="METHOD=RATE",
         help="take these rates, do not look for them",
     )  # fmt: skip
+    parser.add_argument("--raw-steps", action="store_true", help="LSP without normalized steps")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--figure", type=Path, help="draw the curves into this file")
     args = parser.parse_args()

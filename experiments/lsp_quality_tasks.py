@@ -29,6 +29,7 @@ class Task:
     refit_every: int = 100
     fit_steps: int = 40
     threshold: float = 0.3
+    normalize: bool = True  # of LSP: steps as long as Adam's own
     higher: int = 0  # first guesses of the rate are so many places further up the grid
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
+from emloc_jax._bytes import format_bytes
 from emloc_jax.checkpoints import CheckpointBlocks, EmulatorBlocks, load_adapter, load_pretrained
 from emloc_jax.cli._console import say, tick
 from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader
 from emloc_jax.cli._options import DataOptions, ModelOptions, ScoreOptions
 from emloc_jax.cli._session import Session, byte_size, packaged
-from emloc_jax.cli._sizes import format_bytes
 from emloc_jax.cli._stages import Scores
 from emloc_jax.errors import ConfigError
 from emloc_jax.models import BlockSource

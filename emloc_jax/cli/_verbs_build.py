@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from emloc_jax._bytes import parse_bytes
 from emloc_jax._files import check_new
 from emloc_jax.adapters import correction_report
 from emloc_jax.checkpoints import load_adapter, load_emulator, save_adapter
@@ -21,7 +22,6 @@ from emloc_jax.cli._data import calibration_batches, load_rows
 from emloc_jax.cli._options import CorrectConfig, EmulateConfig
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import Session, open_session
-from emloc_jax.cli._sizes import parse_bytes
 from emloc_jax.cli._stages import (
     calibrate_session,
     correct_session,
