@@ -6,6 +6,7 @@ ahead while one is at work. Between blocks, the activations of all calibration r
 
 import functools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -122,9 +123,11 @@ def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Ite
             "parameters": tree_bytes((kernel, emulated)),
             "trainables": tree_bytes((lora_a, lora_b)),
         }
-        programs[f"terms of {path}"] = Program(target.lower(correction_terms, *given), arguments)
+        programs[f"terms of {path}"] = Program(
+            target.lower(jax.jit(correction_terms), *given), arguments
+        )
         terms = jax.eval_shape(correction_terms, *given)
-        bound = target.lower(apply_bound, terms, np.float32(3), bound="row")
+        bound = target.lower(jax.jit(partial(apply_bound, bound="row")), terms, np.float32(3))
         programs[f"bound of {path}"] = Program(bound)
     resident = {"adapters": 2 * tree_bytes(adapters)}  # as trained, and corrected
     yield Stage("correct", "emloc", programs, resident)
