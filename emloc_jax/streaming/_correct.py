@@ -191,12 +191,10 @@ class StreamedCorrection:
             ).one_sided(0)
 
     def _problem(self, path: str, adapter: Adapter, moment: SecondMoment | None) -> Problem:
-        trees = [
-            _nested(path, leaf)
-            for leaf in (self._source.parameter(path), self._emulator.leaf(path))
-        ]
+        original = _nested(path, self._source.parameter(path))
+        emulated = _nested(path, self._emulator.leaf(path))
         moments = None if moment is None else {path: moment}
-        return problems({path: adapter}, *trees, moments)[0]
+        return problems({path: adapter}, original, emulated, moments)[0]
 
 
 def _nested(path: str, leaf: Any) -> dict[str, Any]:
