@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, all_finite
+from emloc_jax.checkpoints._dtypes import all_finite
 from emloc_jax.checkpoints._emulator_folder import open_emulator
 from emloc_jax.checkpoints._hf_read import nest
 from emloc_jax.checkpoints._layers import is_scanned, scanned_path
@@ -76,9 +76,7 @@ class EmulatorBlocks:
         return LowRankKernel(left, right, layout=layout)  # pyright: ignore[reportArgumentType]
 
     def _array(self, name: str, layer: int | None) -> np.ndarray:
-        info = self._source.tensors[name]
-        raw = self._source.raw(name).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
-        array = np.array(raw if layer is None else raw[layer])
+        array = self._source.read(name, layer)
         if not all_finite(array):
             raise NonFiniteError(
                 f"The emulator in {self._folder} has infinite or NaN entries at {name}. Make it "

@@ -1,7 +1,8 @@
-"""Safetensors files read through a memory map, one tensor at a time, and checked before that."""
+"""Safetensors files read one tensor at a time, and checked before that."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,7 @@ class SafetensorsSource:
         self.files = files
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
-        self._handles, self._starts = {}, {}
+        self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
         self._passed: set[str] = set()
         for file in files:
             self._open(file)
@@ -47,7 +48,7 @@ class SafetensorsSource:
             raise CheckpointError(
                 f"{file} ({size:,} bytes) is no whole safetensors file: {error}. {_AGAIN}"
             ) from error
-        self._handles[file], self.metadata[file] = handle, handle.metadata() or {}
+        self.metadata[file] = handle.metadata() or {}
         for name in handle.keys():
             entry = handle.get_slice(name)
             dtype = entry.get_dtype()
@@ -104,20 +105,40 @@ class SafetensorsSource:
             )
         return source
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, copied out of the memory map, in its stored type."""
-        return self._handles[self.tensors[name].file].get_tensor(name)
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """The tensor, or one slice of it along the first axis, in its stored type.
+
+        It is read, not mapped, so that nothing of the file stays in the process's memory.
+        """
+        info = self.tensors[name]
+        header, start = self._header(info.file)
+        low, high = header[name]["data_offsets"]
+        shape = info.shape
+        if index is not None:
+            size, shape = (high - low) // shape[0], shape[1:]
+            low, high = low + index * size, low + (index + 1) * size
+        data = np.fromfile(info.file, np.uint8, count=high - low, offset=start + low)
+        return data.view(NUMPY_DTYPES[info.dtype]).reshape(shape)
 
     def raw(self, name: str) -> np.ndarray:
-        """The stored bytes of the tensor as a view of the file: (n,) uint8."""
+        """The stored bytes of the tensor as a view of the file: (n,) uint8.
+
+        A map of its own, so that what was looked at leaves the memory with the view.
+        """
         file = self.tensors[name].file
-        if file not in self._starts:
-            data = np.memmap(file, np.uint8, mode="r")
-            size = int(data[:8].view("<u8")[0])
-            self._starts[file] = (data, json.loads(bytes(data[8 : 8 + size])), 8 + size)
-        data, header, start = self._starts[file]
+        header, start = self._header(file)
         low, high = header[name]["data_offsets"]
-        return data[start + low : start + high]
+        if low == high:
+            return np.empty(0, np.uint8)
+        return np.memmap(file, np.uint8, mode="r", offset=start + low, shape=(high - low,))
+
+    def _header(self, file: Path) -> tuple[dict[str, Any], int]:
+        """What the file says of its tensors, and where their bytes start."""
+        if file not in self._headers:
+            with open(file, "rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = json.loads(opened.read(size)), 8 + size
+        return self._headers[file]
 
 
 def read_index(path: Path) -> dict[str, str]:

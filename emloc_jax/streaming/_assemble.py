@@ -169,7 +169,7 @@ def _fingerprint(asked: Emulation, files: list[ArraysFile]) -> str | None:
         shapes = {"sum": (spec.d_in, spec.d_in), "count": (), "gradient": (spec.d_out, spec.d_out)}
         for field, shape in shapes.items():
             names = [f"{inner}:{field}:sample" for _, inner in places]
-            if names[0] not in list(places[0][0]):
+            if names[0] not in places[0][0]:
                 continue
             name = jax.tree_util.keystr((DictKey(path), GetAttrKey(field)))
             sample = b"".join(

@@ -56,24 +56,23 @@ def test_every_stage(home, model_folder, rows_file, emulate, adapter, capsys):
     model = f"model.source={model_folder}"
     for stream in ("false", "true"):
         out = home / stream
+        how = [model, f"stream={stream}"]
         assert main(emulate(out / "emulator", f"stream={stream}")) == 0
         chosen = [f"adapter={adapter}", f"emulator={home / 'false' / 'emulator'}"]
         data = [f"data.train={rows_file}", "calibration.rows=8", "correct.weighted=true"]
-        assert (
-            main(["correct", *chosen, *data, model, f"stream={stream}", f"output={out / 'c'}"]) == 0
-        )
+        assert main(["correct", *chosen, *data, *how, f"output={out / 'c'}"]) == 0
         for verb in ("merge", "export"):
-            given = [f"adapter={adapter}", model, f"stream={stream}", f"output={out / verb}"]
-            assert main([verb, *given]) == 0
+            assert main([verb, f"adapter={adapter}", *how, f"output={out / verb}"]) == 0
         capsys.readouterr()
-        given = [f"adapter={adapter}", model, f"stream={stream}", f"data.test={rows_file}"]
-        limits = ["eval.rows=4", "eval.max_new_tokens=3"]
+        given = [f"adapter={adapter}", *how]
+        limits = [f"data.test={rows_file}", "eval.rows=4", "eval.max_new_tokens=3"]
         assert main(["eval", *given, *limits, f"output={out / 'eval'}"]) == 0
-        assert (
-            main(["generate", *given[:3], "prompt=['say one:']", "sampling.max_new_tokens=4"]) == 0
-        )
+        prompt = ["prompt=['say one:']", "sampling.max_new_tokens=4"]
+        assert main(["generate", *given, *prompt]) == 0
+        printed = capsys.readouterr().out
+        assert printed.strip()
         (out / "printed").mkdir()
-        (out / "printed" / "text").write_text(capsys.readouterr().out)
+        (out / "printed" / "text").write_text(printed)
     for name in ("emulator", "c", "merge", "export", "eval", "printed"):
         assert not same_folder(home / "false" / name, home / "true" / name), name
     reports = [(home / s / "c.correction.json").read_bytes() for s in ("false", "true")]

@@ -6,7 +6,7 @@ import numpy as np
 
 from emloc_jax.checkpoints import calibration_fingerprint, load_pretrained, save_emulator
 from emloc_jax.emulator import calibrate, compress
-from emloc_jax.kernels import find_kernels, intercept
+from emloc_jax.kernels import find_kernels, intercept, select
 from emloc_jax.training import make_loss
 
 CHUNK = 8
@@ -42,15 +42,15 @@ def opened(folder, *, abstract=False, scan_layers=True, compute_dtype="float32",
     )
 
 
-def layer_kernels_of(base):
+def layer_kernels_of(base, where="layers/.*"):
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     found = find_kernels(base.model.apply, base.params, tokens)
-    return {path: spec for path, spec in found.items() if path.startswith("layers/")}
+    return {path: found[path] for path in select(where, found)}
 
 
-def in_memory(folder, base, data, *, weighting, **options):
+def in_memory(folder, base, data, *, weighting, where="layers/.*", **options):
     """The emulator folder that the whole model gives."""
-    kernels = layer_kernels_of(base)
+    kernels = layer_kernels_of(base, where)
     apply = intercept(base.model.apply)
     loss = make_loss(apply, chunk=CHUNK)
 
