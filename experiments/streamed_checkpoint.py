@@ -25,7 +25,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from emloc_jax.cli._sizes import format_bytes, parse_bytes
+from emloc_jax._bytes import format_bytes, parse_bytes
 
 STAGES = ("emulate", "correct", "merge", "export")
 SHARD = 500_000_000
