@@ -103,6 +103,8 @@ class PretrainedFiles:
           folder: of this model alone.
           on_shard: called with the number of weights files done and of all.
         """
+        for unfinished in folder.glob(".*.partial-*"):  # of a process that was killed
+            unfinished.unlink()
         there = [shard for shard in self.shards if (folder / shard).is_file()]
         left = [
             plan for shard, plans in self.shards.items() if shard not in there for plan in plans

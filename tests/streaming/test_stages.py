@@ -157,6 +157,9 @@ def test_merge_goes_on_after_the_last_whole_shard(case, tmp_path, monkeypatch):
         stream_merge(tmp_path / "killed", abstract(home), adapters)
     with pytest.raises(ResumeError, match=r"adapters: .* -> "):
         stream_merge(tmp_path / "killed", abstract(home), None, resume=True)
+    # What a process leaves that is killed while it writes a shard.
+    working = tmp_path / ".killed.partial-merge"
+    (working / "model" / ".model-00009.partial-0123abcd.safetensors").write_bytes(b"half")
     done = len(calls)
     stream_merge(tmp_path / "killed", abstract(home), adapters, resume=True)
     assert len(set(calls)) < done + len(calls) and len(calls) - done < len(set(calls))
