@@ -7,8 +7,8 @@ RLIMIT_DATA, which bounds private writable memory. Prints per stage the time, th
 the peak of its private part (RssAnon, sampled).
 
     export PYTHONPATH=.
-    python experiments/streamed_checkpoint.py --size 12GB --limit 6GiB --folder /tmp/s
-    python experiments/streamed_checkpoint.py --size 1GB --limit 2GiB --hidden 1024 --folder /tmp/t
+    python experiments/streamed_checkpoint.py --size 12GB --limit 6GiB --folder streamed
+    python experiments/streamed_checkpoint.py --size 1GB --limit 2GiB --hidden 1024 --folder s
 """
 
 import argparse

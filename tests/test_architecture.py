@@ -24,30 +24,9 @@ ALLOWED = {
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
     "training": GROUND | {"kernels", "offload"},
     "streaming": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
-    "memory": GROUND
-    | {
-        "kernels",
-        "models",
-        "emulator",
-        "adapters",
-        "offload",
-        "checkpoints",
-        "training",
-        "streaming",
-    },
-    "cli": GROUND
-    | {
-        "kernels",
-        "models",
-        "emulator",
-        "adapters",
-        "offload",
-        "checkpoints",
-        "training",
-        "streaming",
-        "memory",
-    },
 }
+ALLOWED["memory"] = GROUND | ALLOWED["streaming"] | {"offload", "streaming"}
+ALLOWED["cli"] = ALLOWED["memory"] | {"memory"}
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 
 

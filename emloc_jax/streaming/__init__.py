@@ -8,7 +8,6 @@ from emloc_jax.streaming._correct import StreamedCorrection as StreamedCorrectio
 from emloc_jax.streaming._emulate import stream_emulator as stream_emulator
 from emloc_jax.streaming._generate import stream_generate as stream_generate
 from emloc_jax.streaming._layer_adapters import AdaptedBlocks as AdaptedBlocks
-from emloc_jax.streaming._lora_loss import streamed_loss as streamed_loss
 from emloc_jax.streaming._lora_memory import StreamedLoraMemory as StreamedLoraMemory
 from emloc_jax.streaming._lora_memory import streamed_lora_programs as streamed_lora_programs
 from emloc_jax.streaming._lora_step import StreamedLoraStep as StreamedLoraStep

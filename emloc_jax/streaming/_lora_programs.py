@@ -40,7 +40,6 @@ class LoraPrograms:
       forward: `(block params, adapters, keys, x, context) -> x`.
       backward: `(block params, adapters, keys, x, context, dy) -> (dx, gradients)`; consumes dy.
       head: `(outer, x, batch) -> (loss sum, weight, dx)`.
-      head_loss: `(outer, x, batch) -> (loss sum, weight)`.
 
     Raises:
       ConfigError: a dropout outside [0, 1).
@@ -61,7 +60,6 @@ class LoraPrograms:
         self.forward = jax.jit(self._forward)
         self.backward = jax.jit(self._backward, donate_argnames="dy")
         self.head = jax.jit(self._head)
-        self.head_loss = jax.jit(head_loss)
 
     def _forward(
         self, params: Any, adapters: Mapping[str, Adapter], keys: Any, x: Any, context: Any

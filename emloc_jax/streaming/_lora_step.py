@@ -27,7 +27,7 @@ class StreamedLoraStep:
     For `train(step, state, batches, frozen=source)`, with adapters as the state's trainables. The
     maths is that of `make_train_step` with `combine=attach`: exact accumulation, clipping, refusal
     of non-finite numbers, the same key for every kernel's dropout. With scanned layers the results
-    are its bits (measured on CPU, see docs/memory).
+    are its bits (tested on CPU).
 
     A step walks the blocks up and down again. All micro-batches pass a block before the next one
     comes, so a block crosses the link 2 - 1/L times per step, however many micro-batches there are;
