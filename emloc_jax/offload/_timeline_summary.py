@@ -12,6 +12,8 @@ from emloc_jax.offload._timeline import LANES, Span, Timeline
 __all__ = ["PathPart", "StepSummary", "TimelineSummary", "summarize"]
 
 Interval = tuple[float, float]
+# Work that may come after a step's end; of a delayed schedule, in the middle of the next one.
+_UPDATES = ("apply", "update")
 
 
 class PathPart(NamedTuple):
@@ -86,10 +88,11 @@ def summarize(timeline: Timeline) -> TimelineSummary:
     The critical path is found backwards: from the end of the iteration to the span that ended last
     before it, from the start of that span to the one that ended last before that, and so on, over
     all lanes. Where two ended together, the one of the same block comes first, then the one of the
-    same lane. Time between is `idle`.
+    same lane. Time between is `idle`. A step of which the timeline has updates alone, begun before
+    the recording, is none.
 
     Raises:
-      DataError: no span on the lane `device`, so there are no steps.
+      DataError: no pass on the lane `device`, so there are no steps.
 
     Example:
       >>> spans = [Span("device", 0, 0, "backward", 0.0, 2.0), Span("d2h", 0, 0, "down", 1.0, 3.0)]
@@ -100,12 +103,12 @@ def summarize(timeline: Timeline) -> TimelineSummary:
     spans = timeline.spans
     begins: dict[int, float] = {}
     for span in spans:
-        if span.lane == "device":
+        if span.lane == "device" and span.name not in _UPDATES:
             begins[span.step] = min(span.start, begins.get(span.step, span.start))
     if not begins:
         raise DataError(
-            f"A timeline of {len(spans)} spans has none on the lane 'device', so it has no steps. "
-            "Record at least one training step."
+            f"A timeline of {len(spans)} spans has no pass on the lane 'device', so it has no "
+            "steps. Record at least one training step."
         )
     order = sorted(begins, key=lambda step: begins[step])
     last = max(span.end for span in spans if span.step == order[-1])

@@ -57,6 +57,17 @@ def test_step_figures():
     assert summary.rows()[-1]["step"] == "mean"
 
 
+def test_updates_left_over_from_before_the_recording_are_no_step():
+    """Of a delayed schedule: they come in the middle of the first step that was recorded."""
+    timeline = two_steps()
+    timeline.add(Span("device", -1, 0, "apply", 12.0, 12.5))
+    summary = summarize(timeline)
+    assert [step.step for step in summary.steps] == [0, 1]
+    assert (summary.mean.seconds, summary.mean.bytes_to_host) == (5.75, 8)
+    with pytest.raises(DataError, match="no pass"):
+        summarize(Timeline([Span("device", -1, 0, "apply", 12.0, 12.5)]))
+
+
 def test_mean_leaves_out_the_first_and_the_last_step():
     starts = [0.0, 9.0, 11.0, 13.0]
     spans = [Span("device", n, 0, "forward", t, t + 1.0) for n, t in enumerate(starts)]
@@ -100,7 +111,7 @@ def test_adding_from_many_threads_loses_nothing():
 
 
 def test_a_timeline_without_device_work_has_no_steps():
-    with pytest.raises(DataError, match="none on the lane 'device'"):
+    with pytest.raises(DataError, match="no pass on the lane 'device'"):
         summarize(Timeline([Span("host", 0, 0, "adam", 0.0, 1.0)]))
 
 
