@@ -31,6 +31,7 @@ from emloc_jax.cli._data import (
 )
 from emloc_jax.cli._lsp import lsp_facts, open_trainer, train_lsp
 from emloc_jax.cli._options import FinetuneConfig
+from emloc_jax.cli._polish import ContinuedBatches, check_polish, polish_training
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
@@ -48,6 +49,7 @@ from emloc_jax.cli._stages import (
     train_on,
     write_emulator,
 )
+from emloc_jax.cli._stream import StreamedOriginal, check_stream
 from emloc_jax.cli._task import task_of
 from emloc_jax.emulator import load_moments, save_moments
 from emloc_jax.offload import PipelinedTrainer
@@ -81,15 +83,18 @@ def finetune(
     task = task_of(rows, data, config.eval)
     check_method(config.method, task)
     check_scores(config.eval, task)
+    check_stream(config, tests=kept is not None)
     if config.method == "emloc":
         check_emulator_options(config.emulator)
         check_correction(config.correct)
+        check_polish(config.polish)
     # LSP-Offload puts the parameters on the device itself, block by block.
     on_device = config.method != "lsp"
     session = open_session(
         config.model,
         chunk=config.train.chunk,
         on_device=on_device,
+        abstract=config.stream,
         task=task,
         fresh_head=True,
         seed=config.seed,
@@ -133,6 +138,7 @@ class _Job:
         self.config, self.run, self.session = config, run, session
         self.train_data, self.test_data = train_data, test_data
         self.report = RunReport(config.method)
+        self.streamed = self.open_stream() if config.stream else None
 
     def emloc(self) -> None:
         """Emulator, adapters trained on it, correction, merge."""
@@ -166,7 +172,38 @@ class _Job:
         self.run.write_json("correction.json", content)
         self.evaluate("adapter on the original, corrected", params, corrected)
         self.save_adapter("adapter_corrected", corrected, limit=limit)
+        if config.polish.steps:
+            corrected = self.polish(corrected)
+            self.evaluate("adapter on the original, polished", params, corrected)
+            self.save_adapter("adapter_polished", corrected)
         self.save_merged(attach(params, corrected))
+
+    def open_stream(self) -> StreamedOriginal:
+        """The original, to be walked a block at a time."""
+        config = self.config
+        return StreamedOriginal(self.session, chunk=config.train.chunk, dropout=config.lora.dropout)
+
+    def polish(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+        """Corrected adapters after some steps on the original, on the batches that follow."""
+        config = self.config
+        trained = train_on(
+            self.session,
+            adapters,
+            self.session.base.params,
+            attach_for_training(config.lora),
+            ContinuedBatches(self.training_batches(), config.train.steps),
+            polish_training(config.polish, config.train),
+            seed=config.seed,
+            folder=self.run / "polish",
+            resume=self.run.resumed,
+            config=self.run_config(),
+            streamed=self.open_stream() if config.polish.stream else None,
+            draws=3,
+            title="Polishing",
+        )
+        self.report.facts["polish step_bytes"] = trained.memory
+        self.report.facts["polish step_seconds"] = trained.result.seconds_per_step
+        return trained.trainables
 
     def lora(self) -> None:
         """Adapters trained on the original, the baseline that needs more memory."""
@@ -175,6 +212,9 @@ class _Job:
         adapters = self.adapters(params)
         self.evaluate("adapter on the original", params, adapters)
         self.save_adapter("adapter", adapters)
+        if self.streamed is not None:
+            say(f"The adapter is in {self.run / 'adapter'}; emloc merge adds it to the original.")
+            return
         self.save_merged(attach(params, adapters))
 
     def full(self) -> None:
@@ -278,6 +318,8 @@ class _Job:
         of_params = self.test_loss(test or [])
 
         def test_loss(trainables: Any) -> dict[str, float]:
+            if self.streamed is not None:
+                return {"test_loss": self.streamed.loss(trainables, test or [])}
             return of_params(trainables if combine is None else combine(trainables, frozen, None))
 
         trained = train_on(
@@ -292,6 +334,7 @@ class _Job:
             resume=self.run.resumed,
             config=self.run_config(),
             evaluate=test_loss if test else None,
+            streamed=self.streamed,
         )
         facts = self.report.facts
         facts["training step_bytes"] = trained.memory
@@ -314,7 +357,12 @@ class _Job:
         """Scores a model on the test rows and keeps its answers."""
         full = self.session.with_adapters(params, adapters)
         row = StageRow(name, parameter_count(full))
-        if self.test_data is not None:
+        if self.streamed is not None:
+            if self.test_data is not None:
+                with status(f"Loss of {name}"):
+                    loss = self.streamed.loss(adapters, self.test_batches())
+                row = StageRow(name, row.parameters, loss)
+        elif self.test_data is not None:
             scores = score(
                 self.session, full, self.test_data, self.config.eval, self.config.data, name
             )

@@ -104,6 +104,7 @@ def open_session(
     *,
     chunk: int = 256,
     on_device: bool = True,
+    abstract: bool = False,
     task: Task | None = None,
     fresh_head: bool = False,
     seed: int = 0,
@@ -114,6 +115,7 @@ def open_session(
       options: which model, and how it computes.
       chunk: tokens whose logits live at once.
       on_device: put the parameters there.
+      abstract: load only shapes of the parameters; they are not put on the device.
       task: what a classifier is to tell apart; None: a language model is wanted.
       fresh_head: make a classification head where there is none.
       seed: of that head.
@@ -135,8 +137,8 @@ def open_session(
         if task is not None:
             load = functools.partial(load, num_labels=task.outputs, seed=seed)
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            base = load()
-        if on_device:  # once; every stage then shares these buffers
+            base = load(abstract=abstract)
+        if on_device and not abstract:  # once; every stage then shares these buffers
             device = jax.local_devices()[0]
             base = dataclasses.replace(base, params=jax.device_put(base.params, device))
     apply = intercept(base.model.apply)

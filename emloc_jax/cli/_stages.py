@@ -23,6 +23,7 @@ from emloc_jax.cli._options import (
 )
 from emloc_jax.cli._session import Session
 from emloc_jax.cli._sizes import parse_bytes, step_memory
+from emloc_jax.cli._stream import StreamedOriginal
 from emloc_jax.emulator import (
     CompressionReport,
     SecondMoment,
@@ -180,24 +181,36 @@ def train_on(
     resume: bool,
     config: dict[str, Any],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    streamed: StreamedOriginal | None = None,
+    draws: int = 2,
+    title: str = "Training",
 ) -> Trained:
-    """Runs the training loop with a progress bar."""
+    """Runs the training loop with a progress bar.
+
+    With `streamed`, adapters train on the original's blocks, and `frozen` and `combine` are not
+    read. `draws` tells the random numbers of one stage from those of another.
+    """
     schedule = make_schedule(
         options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
     )
     tx = make_optimizer(schedule, weight_decay=options.weight_decay)
-    extra = {} if combine is None else {"combine": combine}
-    step = make_train_step(
-        session.loss,
-        tx,
-        accumulation=options.accumulation,
-        clip=options.clip,
-        schedule=schedule,
-        **extra,
-    )
-    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), 2))
-    memory = step_memory(step, state, frozen, next(iter(batches)))
-    with tick("Training", options.steps) as move:
+    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), draws))
+    first = next(iter(batches))
+    if streamed is not None:
+        step, frozen = streamed.step(tx, schedule, options), streamed.source
+        memory = streamed.memory(step, trainables, first)
+    else:
+        extra = {} if combine is None else {"combine": combine}
+        step = make_train_step(
+            session.loss,
+            tx,
+            accumulation=options.accumulation,
+            clip=options.clip,
+            schedule=schedule,
+            **extra,
+        )
+        memory = step_memory(step, state, frozen, first)
+    with tick(title, options.steps) as move:
         result = train(
             step,
             state,

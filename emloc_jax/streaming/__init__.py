@@ -7,5 +7,6 @@ those of the stages that hold the whole model, bit for bit where the layers are 
 from emloc_jax.streaming._lora_loss import streamed_loss as streamed_loss
 from emloc_jax.streaming._lora_memory import StreamedLoraMemory as StreamedLoraMemory
 from emloc_jax.streaming._lora_memory import streamed_lora_programs as streamed_lora_programs
+from emloc_jax.streaming._lora_programs import LoraPrograms as LoraPrograms
 from emloc_jax.streaming._lora_step import StreamedLoraStep as StreamedLoraStep
 from emloc_jax.streaming._walk import walk as walk
