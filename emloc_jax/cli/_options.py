@@ -57,7 +57,11 @@ class ModelOptions:
     scan_layers: bool = option(
         True, "stack the layers and scan over them: compiles fast, one rank per kind of kernel"
     )
-    remat: bool = option(True, "recompute each block in the backward pass")
+    remat: Literal["none", "block", "dots"] = option(
+        "block",
+        "what the backward pass recomputes: nothing, each block from its input, or what is cheap, "
+        "keeping the matrix products (dots)",
+    )
 
 
 @dataclass
