@@ -32,8 +32,8 @@ class CausalModel(nn.Module, abc.ABC):
         remat: what the backward pass finds of each block: all its activations (False or
             ``'none'``), its input, from which the block is recomputed (True or ``'block'``), or
             the results of its matrix products as well (``'dots'``), which costs memory and saves
-            time. On CPU XLA drops the barriers that hold the recomputation back, so there it saves memory
-            only together with ``scan_layers``.
+            time. On CPU XLA drops the barriers that hold the recomputation back, so there it saves
+            memory only together with ``scan_layers``.
         attention_implementation: of ``jax.nn.dot_product_attention``; None or ``'xla'``, or
             ``'cudnn'`` for the fused one of NVIDIA GPUs (bf16 only).
     """
