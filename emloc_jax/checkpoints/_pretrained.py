@@ -17,7 +17,7 @@ from emloc_jax.checkpoints._hf_read import parameter_dtype, parameter_shapes, re
 from emloc_jax.checkpoints._locate import locate
 from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.errors import CheckpointError
-from emloc_jax.models import config_from_hf, model_from_config
+from emloc_jax.models import Remat, config_from_hf, model_from_config
 
 __all__ = ["Pretrained", "load_pretrained", "open_source"]
 
@@ -61,7 +61,7 @@ def load_pretrained(
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
     tokenizer: bool = True,
     abstract: bool = False,
     revision: str | None = None,
@@ -84,7 +84,8 @@ def load_pretrained(
       dtype: of the parameters; None: as stored.
       compute_dtype: of the computation, fp32 or bf16.
       scan_layers: stack the layers' parameters and scan over them.
-      remat: recompute each block in the backward pass.
+      remat: what is kept of each block for the backward pass: none, block or dots (see
+        `CausalModel`).
       tokenizer: load the tokenizer too, if there is one.
       abstract: give shapes and dtypes instead of arrays, from the headers alone, to plan with.
       revision: branch, tag or commit of a hub id.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from emloc_jax._compiling import loop_options
 from emloc_jax._program_memory import analysed
-from emloc_jax.adapters import Adapter, attach, correction_report
+from emloc_jax.adapters import Adapter
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
 from emloc_jax.cli._checks import (
     check_correction,
@@ -33,22 +33,27 @@ from emloc_jax.cli._data import (
 )
 from emloc_jax.cli._lsp import lsp_facts, open_trainer, train_lsp
 from emloc_jax.cli._options import FinetuneConfig
+from emloc_jax.cli._original import open_original
+from emloc_jax.cli._polish import ContinuedBatches, check_polish, polish_training
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
 from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
 from emloc_jax.cli._stages import (
+    StepMaker,
     Trained,
     attach_for_training,
     calibrate_session,
-    correct_session,
     emulate,
     evaluation_figures,
     input_moments,
     score,
+    step_in_memory,
+    stream_emulate,
     train_on,
     write_emulator,
 )
+from emloc_jax.cli._stream import finetune_streams
 from emloc_jax.cli._task import task_of
 from emloc_jax.emulator import load_moments, save_moments
 from emloc_jax.memory import Ledger
@@ -86,12 +91,15 @@ def finetune(
     if config.method == "emloc":
         check_emulator_options(config.emulator)
         check_correction(config.correct)
+    check_polish(config.polish, config.method)
+    streamed = finetune_streams(config)
     # LSP-Offload puts the parameters on the device itself, block by block.
     on_device = config.method != "lsp"
     session = open_session(
         config.model,
         chunk=config.train.chunk,
         on_device=on_device,
+        abstract=streamed,
         task=task,
         fresh_head=True,
         seed=config.seed,
@@ -134,68 +142,105 @@ class _Job:
     ):
         self.config, self.run, self.session = config, run, session
         self.train_data, self.test_data = train_data, test_data
+        self.original = open_original(
+            session, chunk=config.train.chunk, activations=config.activations
+        )
         self.ledger = Ledger(run.folder)
         self.report = RunReport(config.method, ledger=self.ledger)
 
     def emloc(self) -> None:
-        """Emulator, adapters trained on it, correction, merge."""
-        config, session, params = self.config, self.session, self.session.base.params
-        self.evaluate("zero-shot", params, None)
+        """Emulator, adapters trained on it, correction, perhaps a polish, merge."""
+        config = self.config
+        self.evaluate("zero-shot")
         calibration = self.calibration(config.emulator.calibration_rows)
         emulator, moments = self.emulator(calibration)
         adapters = self.adapters(emulator)
-        self.evaluate("adapter on the emulator", emulator, adapters)
-        self.evaluate("adapter on the original, uncorrected", params, adapters)
+        self.evaluate("adapter on the emulator", adapters, emulator)
+        self.evaluate("adapter on the original, uncorrected", adapters)
         self.save_adapter("adapter", adapters)
+        corrected = self.corrected(adapters, emulator, calibration, moments)
+        del emulator, moments
+        if config.polish.steps:
+            corrected = self.polished(corrected)
+        self.save_merged(corrected)
 
+    def corrected(
+        self, adapters: dict[str, Adapter], emulator: Any, calibration: list[Any], moments: Any
+    ) -> dict[str, Adapter]:
+        """The adapters corrected for the original."""
+        options, choosing = self.config.correct, calibration
+        if options.rows is not None:
+            choosing = self.calibration(options.rows)
         began = time.perf_counter()
-        choosing = calibration
-        if config.correct.rows is not None:
-            choosing = self.calibration(config.correct.rows)
         with self.ledger.stage("correction"):
-            corrected, limit, losses = correct_session(
-                session, adapters, emulator, config.correct, choosing, moments
+            done = self.original.correct(
+                adapters,
+                emulator,
+                self.run / "emulator",
+                options,
+                choosing,
+                calibration if options.weighted else None,
+                moments,
             )
-            jax.block_until_ready(corrected)
+            jax.block_until_ready(done.adapters)
         self.report.facts["correction_seconds"] = time.perf_counter() - began
-        self.report.facts["correction limit"] = limit
-        details = correction_report(
-            adapters,
-            params,
-            emulator,
-            limit=limit,
-            bound=config.correct.bound,
-            moments=moments if config.correct.weighted else None,
-        )
-        content = details.to_dict() | {"calibration_loss": {str(k): v for k, v in losses.items()}}
+        self.report.facts["correction limit"] = done.limit
+        losses = {str(k): v for k, v in done.losses.items()}
+        content = done.report.to_dict() | {"calibration_loss": losses}
         self.run.write_json("correction.json", content)
-        self.evaluate("adapter on the original, corrected", params, corrected)
-        self.save_adapter("adapter_corrected", corrected, limit=limit)
-        self.save_merged(attach(params, corrected))
+        self.evaluate("adapter on the original, corrected", done.adapters)
+        self.save_adapter("adapter_corrected", done.adapters, limit=done.limit)
+        return done.adapters
+
+    def polished(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+        """Corrected adapters after some steps on the original, on the batches that follow."""
+        config, options = self.config, polish_training(self.config.polish, self.config.train)
+        with self.ledger.stage("polish") as stage:
+            trained = train_on(
+                self.original.lora_step(options, config.lora),
+                adapters,
+                ContinuedBatches(self.training_batches(), config.train.steps),
+                options,
+                seed=config.seed,
+                folder=self.run / "polish",
+                resume=self.run.resumed,
+                config=self.run_config(),
+                draws=3,
+                title="Polishing",
+            )
+            stage.predicted = trained.memory
+        self.report.facts["polish step_bytes"] = trained.memory
+        self.report.facts["polish step_seconds"] = trained.result.seconds_per_step
+        self.evaluate("adapter on the original, polished", trained.trainables)
+        self.save_adapter("adapter_polished", trained.trainables)
+        return trained.trainables
 
     def lora(self) -> None:
         """Adapters trained on the original, the baseline that needs more memory."""
-        params = self.session.base.params
-        self.evaluate("zero-shot", params, None)
-        adapters = self.adapters(params)
-        self.evaluate("adapter on the original", params, adapters)
+        config = self.config
+        self.evaluate("zero-shot")
+        adapters = new_adapters(self.session, config.lora, config.seed)
+        step = self.original.lora_step(config.train, config.lora)
+        adapters = self.train(step, adapters, self.original.test_figures).trainables
+        self.evaluate("adapter on the original", adapters)
         self.save_adapter("adapter", adapters)
-        self.save_merged(attach(params, adapters))
+        self.save_merged(adapters)
 
     def full(self) -> None:
         """All parameters, in memory."""
         params = self.session.base.params
-        self.evaluate("zero-shot", params, None)
+        self.evaluate("zero-shot")
         # Masters in fp32: a bf16 weight would swallow most updates. Saved as the base was.
         masters = jax.tree.map(lambda array: array.astype(jnp.float32), params)
-        params = self.train(masters, None, None).trainables
-        self.evaluate("all parameters tuned", params, None)
-        self.save_merged(params)
+        step = step_in_memory(self.session, None, None, self.config.train)
+        params = self.train(step, masters, self.test_figures).trainables
+        self.evaluate("all parameters tuned", None, params)
+        self.save_tuned(params)
 
     def lsp(self, trainer: PipelinedTrainer) -> None:
         """All parameters by LSP-Offload: Adam on the host, compressed gradients."""
         config = self.config
-        self.evaluate("zero-shot", trainer.params(), None)
+        self.evaluate("zero-shot", None, trainer.params())
         test = self.test_batches() if config.train.evaluate_every is not None else None
         with self.ledger.stage("training"):
             trained = train_lsp(
@@ -205,13 +250,13 @@ class _Job:
                 folder=self.run.folder,
                 resume=self.run.resumed,
                 config=self.run_config(),
-                evaluate=self.test_loss(test) if test else None,
+                evaluate=(lambda params: self.test_figures(params, test)) if test else None,
             )
         self.report.facts["step_seconds"] = trained.result.seconds_per_step
         self.report.facts["tokens per second"] = trained.result.tokens_per_second
         self.report.facts |= lsp_facts(trainer)
-        self.evaluate("all parameters tuned", trained.params, None)
-        self.save_merged(trained.params)
+        self.evaluate("all parameters tuned", None, trained.params)
+        self.save_tuned(trained.params)
 
     def run_config(self) -> dict[str, Any]:
         """What must be equal when training is resumed."""
@@ -224,9 +269,9 @@ class _Job:
             self.train_data, config.data, batch_size=config.train.batch_size, seed=config.seed
         )
 
-    def test_loss(self, batches: list[Any]) -> Callable[[Any], dict[str, float]]:
-        """From parameters to their loss on the test rows, and metrics."""
-        return lambda params: evaluation_figures(self.session, params, batches)
+    def test_figures(self, params: Any, batches: list[Any]) -> dict[str, float]:
+        """What an evaluation of parameters in memory during training records."""
+        return evaluation_figures(self.session, params, batches)
 
     def calibration(self, rows: int) -> list[Any]:
         """Batches of training rows; a smaller number of rows is a part of a larger one."""
@@ -241,6 +286,8 @@ class _Job:
     def emulator(self, calibration: list[Any]) -> tuple[Any, Any]:
         """The emulator, from its folder if that stage was finished, and the moments if at hand."""
         config, session, facts = self.config, self.session, self.report.facts
+        if self.original.streamed:
+            return self.streamed_emulator(calibration), None
         finished, kept = self.run.has("emulator"), self.run / "moments.safetensors"
         moments = load_moments(kept) if kept.exists() else None
         if moments is None and (not finished or config.correct.weighted):
@@ -262,38 +309,67 @@ class _Job:
                 facts["factorization_seconds"] = time.perf_counter() - began
                 folder, seed = self.run / "emulator", config.seed
                 write_emulator(folder, session, emulator, report, moments, config.emulator, seed)
-        facts["original_bytes"] = byte_size(session.base.params)
-        facts["emulator_bytes"] = byte_size(emulator)
+        self.sizes(emulator)
         return emulator, moments
 
-    def adapters(self, frozen: Any) -> dict[str, Adapter]:
-        """Adapters trained on `frozen`."""
-        adapters = new_adapters(self.session, self.config.lora, self.config.seed)
-        return self.train(adapters, frozen, attach_for_training(self.config.lora)).trainables
+    def streamed_emulator(self, calibration: list[Any]) -> Any:
+        """The emulator, made a block at a time unless its folder was finished before."""
+        config, session = self.config, self.session
+        folder = self.run / "emulator"
+        if not self.run.has("emulator"):
+            began = time.perf_counter()
+            with self.ledger.stage("calibration and factorization"):
+                stream_emulate(
+                    folder,
+                    session,
+                    calibration,
+                    config.emulator,
+                    seed=config.seed,
+                    activations=config.activations,
+                    resume=self.run.resumed,
+                )
+            self.report.facts["calibration and factorization_seconds"] = time.perf_counter() - began
+        emulator = jax.device_put(load_emulator(folder, session.base))
+        self.sizes(emulator)
+        return emulator
 
-    def train(self, trainables: Any, frozen: Any, combine: Any) -> Trained:
-        """Trains with checkpoints in the run's folder."""
+    def sizes(self, emulator: Any) -> None:
+        """Notes the sizes of the original and of an emulator."""
+        self.report.facts["original_bytes"] = byte_size(self.session.base.params)
+        self.report.facts["emulator_bytes"] = byte_size(emulator)
+
+    def adapters(self, emulator: Any) -> dict[str, Adapter]:
+        """Adapters trained on the emulator."""
+        config, combine = self.config, attach_for_training(self.config.lora)
+        adapters = new_adapters(self.session, config.lora, config.seed)
+        step = step_in_memory(self.session, emulator, combine, config.train)
+
+        def figures(adapters: Any, batches: list[Any]) -> dict[str, float]:
+            return self.test_figures(combine(adapters, emulator, None), batches)
+
+        return self.train(step, adapters, figures).trainables
+
+    def train(
+        self,
+        make_step: StepMaker,
+        trainables: Any,
+        figures: Callable[[Any, list[Any]], dict[str, float]],
+    ) -> Trained:
+        """Trains with checkpoints in the run's folder; `figures` evaluate trainables on batches."""
         config, session = self.config, self.session
         batches = self.training_batches()
         test = self.test_batches() if config.train.evaluate_every is not None else None
-        of_params = self.test_loss(test or [])
-
-        def test_loss(trainables: Any) -> dict[str, float]:
-            return of_params(trainables if combine is None else combine(trainables, frozen, None))
-
         with self.ledger.stage("training") as stage:
             trained = train_on(
-                session,
+                make_step,
                 trainables,
-                frozen,
-                combine,
                 batches,
                 config.train,
                 seed=config.seed,
                 folder=self.run.folder,
                 resume=self.run.resumed,
                 config=self.run_config(),
-                evaluate=test_loss if test else None,
+                evaluate=(lambda trainables: figures(trainables, test)) if test else None,
             )
             stage.predicted = trained.memory
         facts = self.report.facts
@@ -315,14 +391,20 @@ class _Job:
         size = self.config.eval.batch_size
         return evaluation_batches(self.test_data, self.config.data, batch_size=size)
 
-    def evaluate(self, name: str, params: Any, adapters: dict[str, Adapter] | None) -> None:
-        """Scores a model on the test rows and keeps its answers."""
-        full = self.session.with_adapters(params, adapters)
-        row = StageRow(name, parameter_count(full))
+    def evaluate(
+        self, name: str, adapters: dict[str, Adapter] | None = None, params: Any = None
+    ) -> None:
+        """Scores a model on the test rows and keeps its answers; without `params` the original."""
+        config, session = self.config, self.session
+        shown = session.base.params if params is None else params
+        row = StageRow(name, parameter_count(session.with_adapters(shown, adapters)))
         if self.test_data is not None:
-            config = self.config
+            given = self.test_data, config.eval, config.data, name
             with self.ledger.stage("evaluation"):
-                scores = score(self.session, full, self.test_data, config.eval, config.data, name)
+                if params is None:
+                    scores = self.original.score(adapters, *given)
+                else:
+                    scores = score(session, session.with_adapters(params, adapters), *given)
             row = StageRow(name, row.parameters, scores.loss, scores.scores)
             if scores.report is not None:
                 file = f"answers/{name.replace(',', '').replace(' ', '_')}.json"
@@ -336,12 +418,19 @@ class _Job:
             with self.ledger.stage("export"):
                 save_adapter(self.run / name, adapters, base=base, dropout=dropout, **extra)
 
-    def save_merged(self, params: Any) -> None:
-        """Writes the merged model as a Hugging Face folder."""
+    def save_merged(self, adapters: dict[str, Adapter]) -> None:
+        """Writes the original with adapters added in as a Hugging Face folder."""
         if not self.run.has("merged"):
-            with status("Writing the merged model"), self.ledger.stage("merge"):
-                save_pretrained(self.run / "merged", params, like=self.session.base)
+            with self.ledger.stage("merge"):
+                self.original.write_merged(self.run / "merged", adapters, resume=self.run.resumed)
         say(f"The merged model is in {self.run / 'merged'}.")
+
+    def save_tuned(self, params: Any) -> None:
+        """Writes parameters as a Hugging Face folder."""
+        if not self.run.has("merged"):
+            with status("Writing the model"), self.ledger.stage("merge"):
+                save_pretrained(self.run / "merged", params, like=self.session.base)
+        say(f"The tuned model is in {self.run / 'merged'}.")
 
 
 def _answer(answer: Any) -> dict[str, Any]:

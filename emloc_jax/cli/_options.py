@@ -21,6 +21,7 @@ __all__ = [
     "LspOptions",
     "MergeConfig",
     "ModelOptions",
+    "PolishOptions",
     "SamplingOptions",
     "ScoreOptions",
     "TrainOptions",
@@ -62,7 +63,11 @@ class ModelOptions:
     scan_layers: bool = option(
         True, "stack the layers and scan over them: compiles fast, one rank per kind of kernel"
     )
-    remat: bool = option(True, "recompute each block in the backward pass")
+    remat: Literal["none", "block", "dots"] = option(
+        "block",
+        "what the backward pass computes again: nothing, each block from its input, or what is "
+        "cheap, keeping the matrix products (dots)",
+    )
 
 
 @dataclass
@@ -186,6 +191,9 @@ class TrainOptions:
     weight_decay: float = option(0.0, "decoupled weight decay")
     clip: float | None = option(1.0, "largest global gradient norm; null: none")
     chunk: int = option(256, "tokens whose logits live at once")
+    block_inputs: Literal["device", "host", "pinned_host"] = option(
+        "device", "streamed LoRA: where the blocks' inputs wait for the backward pass"
+    )
     save_every: int = option(50, "steps between checkpoints")
     evaluate_every: int | None = option(None, "steps between evaluations of the test loss")
     skip_nonfinite: bool = option(False, "skip and count bad steps instead of stopping")
@@ -199,6 +207,16 @@ class CorrectionOptions:
     rows: int | None = option(None, "calibration rows that choose the limit; null: all")
     weighted: bool = option(False, "use the calibration's second moments")
     bound: Literal["row", "column", "kernel"] = option("row", "what is bounded together")
+
+
+@dataclass
+class PolishOptions:
+    """A few steps of LoRA on the original after the correction (method emloc)."""
+
+    steps: int = option(0, "steps on the original; 0: none")
+    learning_rate: float = option(5e-4, "largest learning rate")
+    warmup: int = option(1, "steps of linear warm-up")
+    final: float = option(0.0, "last learning rate as a fraction of the largest")
 
 
 @dataclass
@@ -240,6 +258,8 @@ class FinetuneConfig:
     )
     output: str = option(MISSING, "new folder for everything the run makes")
     seed: int = option(0, "seed of initialization, order and dropout")
+    stream: str = option("auto", f"emloc and lora: {STREAM}; same results")
+    activations: str = option("4GiB", ACTIVATIONS)
     model: ModelOptions = group(ModelOptions)
     data: DataOptions = group(DataOptions)
     emulator: EmulatorOptions = group(EmulatorOptions)
@@ -247,6 +267,7 @@ class FinetuneConfig:
     lsp: LspOptions = group(LspOptions)
     train: TrainOptions = group(TrainOptions)
     correct: CorrectionOptions = group(CorrectionOptions)
+    polish: PolishOptions = group(PolishOptions)
     eval: ScoreOptions = group(ScoreOptions)
 
 

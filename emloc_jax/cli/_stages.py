@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from emloc_jax._bytes import parse_bytes
 from emloc_jax._program_memory import analysed
@@ -30,11 +31,13 @@ from emloc_jax.emulator import (
     calibrate,
     compress,
 )
+from emloc_jax.streaming import stream_emulator
 from emloc_jax.training import (
     GenerationReport,
     LabelReport,
     Row,
     TrainResult,
+    TrainState,
     evaluate_generation,
     evaluate_labels,
     evaluate_loss,
@@ -47,6 +50,8 @@ from emloc_jax.training import (
 
 __all__ = [
     "Scores",
+    "Step",
+    "StepMaker",
     "Trained",
     "attach_for_training",
     "calibrate_session",
@@ -56,7 +61,10 @@ __all__ = [
     "input_moments",
     "label_report",
     "score",
+    "step_in_memory",
+    "stream_emulate",
     "train_on",
+    "write_emulator",
 ]
 
 Moments = dict[str, SecondMoment]
@@ -131,6 +139,36 @@ def emulate(
     return emulator, report
 
 
+def stream_emulate(
+    folder: Path,
+    session: Session,
+    batches: Sequence[Batch],
+    options: EmulatorOptions,
+    *,
+    seed: int,
+    activations: str,
+    resume: bool,
+) -> CompressionReport:
+    """Calibrates, compresses and saves an emulator a block at a time; gives the report."""
+    with tick("Calibrating and factorizing", 1) as move:
+        return stream_emulator(
+            folder,
+            session.base,
+            batches,
+            kernels={path: session.kernels[path] for path in compressed_paths(session, options)},
+            ratios=options.ratio if options.ratio is not None else options.ratios,
+            energy=options.energy,
+            budget=None if options.budget is None else parse_bytes(options.budget),
+            skip=options.skip,
+            weighting=options.weighting,
+            rules=dataclasses.asdict(options),
+            seed=seed,
+            activations=parse_bytes(activations),
+            resume=resume,
+            on_step=lambda done, total: move(done, total=total),
+        )
+
+
 def write_emulator(
     folder: Path,
     session: Session,
@@ -154,6 +192,25 @@ def write_emulator(
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step that is ready to run.
+
+    Attributes:
+      step: for `train`.
+      frozen: what it takes besides the state and a batch.
+      memory: bytes on the device at its peak, as compiled.
+    """
+
+    step: Any
+    frozen: Any
+    memory: int
+
+
+# From the first state and batch (for their shapes), the optimizer and its schedule.
+StepMaker = Callable[[TrainState, Batch, optax.GradientTransformation, optax.Schedule], Step]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """What training gave.
 
@@ -168,11 +225,39 @@ class Trained:
     memory: int
 
 
-def train_on(
+def step_in_memory(
     session: Session,
-    trainables: Any,
     frozen: Any,
-    combine: Callable[[Any, Any, jax.Array], Any] | None,
+    combine: Callable[[Any, Any, jax.Array | None], Any] | None,
+    options: TrainOptions,
+) -> StepMaker:
+    """The step of training with all parameters in memory.
+
+    Args:
+      session: of the model.
+      frozen: parameters that are not trained; None: all are.
+      combine: from trainables and frozen parameters to those of the model.
+      options: of the training.
+    """
+    extra = {} if combine is None else {"combine": combine}
+
+    def make(state: TrainState, batch: Batch, tx: Any, schedule: Any) -> Step:
+        step = make_train_step(
+            session.loss,
+            tx,
+            accumulation=options.accumulation,
+            clip=options.clip,
+            schedule=schedule,
+            **extra,
+        )
+        return Step(step, frozen, analysed(step.lower(state, frozen, batch)).peak)
+
+    return make
+
+
+def train_on(
+    make_step: StepMaker,
+    trainables: Any,
     batches: Any,
     options: TrainOptions,
     *,
@@ -181,30 +266,37 @@ def train_on(
     resume: bool,
     config: dict[str, Any],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    draws: int = 2,
+    title: str = "Training",
 ) -> Trained:
-    """Runs the training loop with a progress bar."""
+    """Runs the training loop with a progress bar.
+
+    Args:
+      make_step: see `step_in_memory`, and `Original.lora_step`.
+      trainables: adapters, or all parameters.
+      batches: an iterable that starts anew every time.
+      options: of the training.
+      seed: of the run.
+      folder: of checkpoints and metrics.
+      resume: go on from the newest checkpoint.
+      config: what must be equal when training is resumed.
+      evaluate: from trainables to figures.
+      draws: tells the random numbers of one stage from those of another.
+      title: of the progress bar.
+    """
     schedule = make_schedule(
         options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
     )
     tx = make_optimizer(schedule, weight_decay=options.weight_decay)
-    extra = {} if combine is None else {"combine": combine}
-    step = make_train_step(
-        session.loss,
-        tx,
-        accumulation=options.accumulation,
-        clip=options.clip,
-        schedule=schedule,
-        **extra,
-    )
-    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), 2))
-    memory = analysed(step.lower(state, frozen, next(iter(batches)))).peak
-    with tick("Training", options.steps) as move:
+    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), draws))
+    made = make_step(state, next(iter(batches)), tx, schedule)
+    with tick(title, options.steps) as move:
         result = train(
-            step,
+            made.step,
             state,
             batches,
             steps=options.steps,
-            frozen=frozen,
+            frozen=made.frozen,
             folder=folder,
             resume=resume,
             config=config,
@@ -214,7 +306,7 @@ def train_on(
             skip_nonfinite=options.skip_nonfinite,
             callbacks=[lambda record: move(record["step"], _note(record))],
         )
-    return Trained(result.state.trainables, result, memory)
+    return Trained(result.state.trainables, result, made.memory)
 
 
 def _note(record: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from emloc_jax._bytes import format_bytes
 from emloc_jax.checkpoints import CheckpointBlocks, EmulatorBlocks, load_adapter, load_pretrained
 from emloc_jax.cli._console import say, tick
 from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader
-from emloc_jax.cli._options import DataOptions, ModelOptions, ScoreOptions
+from emloc_jax.cli._options import DataOptions, FinetuneConfig, ModelOptions, ScoreOptions
 from emloc_jax.cli._session import Session, byte_size, packaged
 from emloc_jax.cli._stages import Scores
 from emloc_jax.errors import ConfigError
@@ -19,7 +19,7 @@ from emloc_jax.offload import free_host_memory
 from emloc_jax.streaming import AdaptedBlocks, stream_generate, stream_loss
 from emloc_jax.training import Row, evaluate_generation
 
-__all__ = ["StreamedRun", "open_streamed", "wants_stream"]
+__all__ = ["StreamedRun", "finetune_streams", "open_streamed", "wants_stream"]
 
 # A model that takes more of what is free leaves too little for activations, sums and factors.
 SHARE = 0.4
@@ -57,6 +57,22 @@ def wants_stream(text: str, options: ModelOptions) -> bool:
             "the model is read a block at a time (stream=auto)."
         )
         return True
+    return False
+
+
+def finetune_streams(config: FinetuneConfig) -> bool:
+    """Whether a run reads the original a block at a time.
+
+    Raises:
+      ConfigError: its method cannot, or see `wants_stream`.
+    """
+    if config.method in ("emloc", "lora"):
+        return wants_stream(config.stream, config.model)
+    if str(config.stream).lower() == "true":
+        raise ConfigError(
+            f"stream=true was asked for with method={config.method}, which trains all parameters; "
+            "it is for emloc and lora. method=lsp keeps moments and gradients off the device."
+        )
     return False
 
 

@@ -1,22 +1,22 @@
 """The commands that write a model in another form."""
 
+from pathlib import Path
 from typing import Any
 
 from emloc_jax._files import check_new
-from emloc_jax.adapters import attach, merge
+from emloc_jax.adapters import merge
 from emloc_jax.checkpoints import (
     adapter_info,
     load_adapter,
     save_adapter,
     save_orbax,
-    save_pretrained,
 )
-from emloc_jax.cli._console import say, status, tick
+from emloc_jax.cli._console import say, status
 from emloc_jax.cli._options import ExportConfig, MergeConfig
+from emloc_jax.cli._original import open_original
 from emloc_jax.cli._session import Session, open_session
 from emloc_jax.cli._stream import wants_stream
 from emloc_jax.errors import ConfigError
-from emloc_jax.streaming import stream_merge
 
 __all__ = ["run_export", "run_merge"]
 
@@ -38,12 +38,7 @@ def run_merge(config: MergeConfig, *, resume: bool = False) -> None:
         )
     session = open_session(config.model, abstract=streamed)
     adapters = load_adapter(config.adapter, session.base)
-    if streamed:
-        _stream(config.output, session, adapters, resume=resume)
-    else:
-        with status("Writing"):
-            # Attached, not merged: the writer adds them tensor by tensor, without a second model.
-            save_pretrained(config.output, attach(session.base.params, adapters), like=session.base)
+    open_original(session).write_merged(Path(config.output), adapters, resume=resume)
     say(f"The merged model is in {config.output}.")
 
 
@@ -61,8 +56,8 @@ def run_export(config: ExportConfig) -> None:
         )
     session = open_session(config.model, abstract=streamed)
     adapters = load_adapter(config.adapter, session.base) if config.adapter else None
-    if config.format == "huggingface" and streamed:
-        _stream(config.output, session, adapters, resume=False)
+    if config.format == "huggingface":
+        open_original(session).write_merged(Path(config.output), adapters)
     else:
         with status("Writing"):
             _write(config, session, adapters)
@@ -78,17 +73,3 @@ def _write(config: ExportConfig, session: Session, adapters: Any) -> None:
         case "orbax":
             params = params if adapters is None else merge(params, adapters)
             save_orbax(config.output, params, hf_config=session.base.hf_config)
-        case _:
-            params = session.with_adapters(params, adapters)
-            save_pretrained(config.output, params, like=session.base)
-
-
-def _stream(output: str, session: Session, adapters: Any, *, resume: bool) -> None:
-    with tick("Writing", 1) as move:
-        stream_merge(
-            output,
-            session.base,
-            adapters,
-            resume=resume,
-            on_shard=lambda done, total: move(done, total=total),
-        )

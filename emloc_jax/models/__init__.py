@@ -16,6 +16,7 @@ from emloc_jax.models.gpt2_config import Gpt2Config
 from emloc_jax.models.hf_names import hf_storage, hf_tensor_names, is_buffer
 from emloc_jax.models.hf_storage import HfStorage, HfTensor
 from emloc_jax.models.layer_layout import stack_layers, unstack_layers
+from emloc_jax.models.layer_stack import Remat
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.registry import config_from_hf, model_from_config, model_from_hf
 from emloc_jax.models.rope import RopeScaling
@@ -34,6 +35,7 @@ __all__ = [
     "HfStorage",
     "HfTensor",
     "MemoryBlocks",
+    "Remat",
     "RopeScaling",
     "block_stack",
     "config_from_hf",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from emloc_jax.models.layer_stack import run_layers
+from emloc_jax.models.layer_stack import Remat, run_layers
 
 __all__ = ["CausalModel"]
 
@@ -29,9 +29,11 @@ class CausalModel(nn.Module, abc.ABC):
             fp32 whatever it is.
         param_dtype: of fresh parameters.
         scan_layers: one compiled block, scanned, instead of L copies.
-        remat: recompute each block in the backward pass instead of keeping its activations. On
-            CPU XLA drops the barriers that hold the recomputation back, so there it saves memory
-            only together with ``scan_layers``.
+        remat: what the backward pass finds of each block: all its activations (False or
+            ``'none'``), its input, from which the block is recomputed (True or ``'block'``), or
+            the results of its matrix products as well (``'dots'``), which costs memory and saves
+            time. On CPU XLA drops the barriers that hold the recomputation back, so there it saves
+            memory only together with ``scan_layers``.
         attention_implementation: of ``jax.nn.dot_product_attention``; None or ``'xla'``, or
             ``'cudnn'`` for the fused one of NVIDIA GPUs (bf16 only).
     """
@@ -40,7 +42,7 @@ class CausalModel(nn.Module, abc.ABC):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: Remat = False
     attention_implementation: str | None = None
 
     def __call__(
@@ -191,7 +193,7 @@ class CausalModel(nn.Module, abc.ABC):
         return logits, {"k": keys, "v": values, "positions": cached, "length": length}
 
     def _through_layers(
-        self, run: Callable[[Any, Any, Any], Any], carry: Any, *, remat: bool = False
+        self, run: Callable[[Any, Any, Any], Any], carry: Any, *, remat: Remat = False
     ) -> Any:
         layers, count = self.layers, self.config.num_layers
         return run_layers(layers, run, carry, num_layers=count, scan=self.scan_layers, remat=remat)

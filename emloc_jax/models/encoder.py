@@ -13,7 +13,7 @@ from emloc_jax.errors import ConfigError
 from emloc_jax.models.activations import activation
 from emloc_jax.models.encoder_block import EncoderBlock
 from emloc_jax.models.encoder_config import EncoderConfig
-from emloc_jax.models.layer_stack import new_layers, run_layers
+from emloc_jax.models.layer_stack import Remat, new_layers, run_layers
 from emloc_jax.models.learned_positions import position_ids
 from emloc_jax.models.masks import segment_mask
 from emloc_jax.models.plain_layers import new_dense, new_norm
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: Remat = False
     attention_implementation: str | None = None
 
     def setup(self):

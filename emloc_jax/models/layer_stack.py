@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-__all__ = ["UnrolledLayers", "new_layers", "run_layers"]
+from emloc_jax.errors import ConfigError
+
+__all__ = ["Remat", "UnrolledLayers", "new_layers", "run_layers"]
+
+Remat = bool | Literal["none", "block", "dots"]
 
 
 class UnrolledLayers(nn.Module):
@@ -51,7 +56,7 @@ def run_layers(
     *,
     num_layers: int,
     scan: bool,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> Any:
     """Passes ``carry`` through ``run(block, carry, index)`` of every block in turn.
 
@@ -61,14 +66,24 @@ def run_layers(
         carry: any pytree; the residual stream.
         num_layers: L.
         scan: the layers are scanned.
-        remat: recompute each block in the backward pass.
+        remat: what the backward pass finds of each block: all its activations (``'none'``, False),
+            its input only (``'block'``, True), or also the results of its matrix products, so that
+            only what is cheap is computed again (``'dots'``).
 
     Returns:
         The last carry.
+
+    Raises:
+        ConfigError: an unknown ``remat``.
     """
-    if remat:
+    if remat not in (False, True, "none", "block", "dots"):
+        raise ConfigError(f"remat is {remat!r}; give none, block or dots.")
+    if remat not in (False, "none"):
         # A scanned body is its own computation, so nothing can be merged across the barrier.
-        run = nn.remat(run, prevent_cse=not scan)
+        # Products with a batch dimension are attention's scores, which take far more memory.
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = dots if remat == "dots" else None
+        run = nn.remat(run, prevent_cse=not scan, policy=policy)
     if not scan:
         return layers(run, carry)
     scanned = nn.scan(

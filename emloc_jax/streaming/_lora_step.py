@@ -174,6 +174,10 @@ class StreamedLoraStep:
             self._outer = source, jax.device_put(source.outer())
         return self._outer[1]
 
+    def release(self) -> None:
+        """Lets go of the parameters outside the blocks; the next step reads them again."""
+        self._outer = None
+
     def _heads(self, outer: Any, xs: list[Any], micro: list[Any]) -> tuple[Any, Any, list[Any]]:
         """Loss and weight sums, and the gradients of the last block's outputs."""
         results = []

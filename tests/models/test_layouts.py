@@ -64,7 +64,7 @@ def plain_loss_and_gradient():
     return loss_and_gradient(Decoder(CONFIG), unrolled_params())
 
 
-@pytest.mark.parametrize("scan, remat", [(False, True), (True, True)])
+@pytest.mark.parametrize("scan, remat", [(False, True), (True, True), (True, "dots")])
 def test_scanned_and_rematerialised_equal_plain(scan, remat):
     params = unrolled_params()
     model = Decoder(CONFIG, scan_layers=scan, remat=remat)
@@ -103,11 +103,12 @@ def test_remat_keeps_less():
         loss = jax.grad(lambda p, x: jnp.sum(model.apply({"params": p}, x) ** 2))
         return jax.jit(loss).lower(params, inputs)
 
-    kept, remade = (
+    kept, products, remade = (
         lowered(scan_layers=True, remat=remat).compile().memory_analysis().temp_size_in_bytes
-        for remat in (False, True)
+        for remat in ("none", "dots", "block")
     )
     assert remade < 0.7 * kept
+    assert remade < products < kept
     assert lowered(remat=True).as_text().count("optimization_barrier") == 4
 
 
@@ -187,3 +188,8 @@ def test_bf16_computes_in_bf16_and_returns_fp32():
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     difference = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     assert 1e-4 < difference < 3e-2
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(ConfigError, match="remat is 'all'; give none, block or dots"):
+        Decoder(CONFIG, remat="all").init(jax.random.key(0), tokens(1, 1))
