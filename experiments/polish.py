@@ -9,8 +9,9 @@ other task is that of `emloc demo`. `--cost` compares ten steps of LoRA in memor
 (expect the same bits), times both beside EMLoC's step at ratio 0.5 in one run, and prints the
 device's peak for several depths. Without it, an emulator at ratio 0.5 is trained and corrected, and
 0, 2, 5 and 10 steps of LoRA on the original follow (fresh optimizer, the batches that come next);
-beside it stands LoRA on the original from nothing, for as many steps as fit into the same time.
-Results are appended one by one, and a second call goes on where the first stopped.
+beside 0 and 10 stands streamed LoRA on the original from nothing, for as many steps as fit into the
+same time. Results are appended one by one, and a second call goes on where the first stopped.
+`--grid 5e-4 1e-3 2e-3 --seeds 9` polishes with each rate instead, on a seed that no table has.
 
 Loss is the mean over completion tokens of the test rows. Gain retention = (zero-shot - method) /
 (zero-shot - LoRA on the original for all the steps).
@@ -49,7 +50,7 @@ from emloc_jax.training import (
 )
 
 RATIO, LIMITS = 0.5, (0.0, 0.5, 1.0, 3.0)
-POLISH = (0, 2, 5, 10)
+POLISH, EQUAL_TIME = (0, 2, 5, 10), (0, 10)
 STEPS = {"gsm8k": 40, "orders": 40}  # so that 10 steps are a quarter
 
 
@@ -93,10 +94,24 @@ class PolishBench(Bench):
         schedule = make_schedule(rate, steps=steps, warmup=min(warmup, steps - 1))
         tx = make_optimizer(schedule)
         step = StreamedLoraStep(self.stack, make_head_loss(self.apply, chunk=128), tx)
+        adapters = jax.tree.map(jax.numpy.copy, adapters)  # a step consumes its state
         result = train(
             step, init_state(adapters, tx), self.stream(seed, skip), steps=steps, frozen=self.source
         )
         return result.state.trainables, result.seconds_per_step
+
+    def corrected(self, seed):
+        """Adapters trained on the emulator and corrected, their limit, and the time of a step."""
+        moments, small = self.calibration(seed)
+        emulator, _ = compress(
+            self.params, moments, kernels=self.kernels, ratios=RATIO, weighting="two_sided"
+        )
+        del moments
+        adapters, seconds = self.train_lora(emulator, seed)
+        limit, _ = choose_limit(
+            adapters, self.params, emulator, self.loss, small, candidates=LIMITS
+        )
+        return correct(adapters, self.params, emulator, limit=limit), limit, seconds
 
     def fresh(self, seed):
         return init_adapters(
@@ -121,16 +136,7 @@ def quality(bench, seed, head, done, output):
         add("original", zero_shot=zero, loss=bench.measure(attach(bench.params, adapters)),
             step_seconds=seconds)  # fmt: skip
     if any(f"polish {count}" not in records for count in POLISH):
-        moments, small = bench.calibration(seed)
-        emulator, _ = compress(
-            bench.params, moments, kernels=bench.kernels, ratios=RATIO, weighting="two_sided"
-        )
-        adapters, emulator_seconds = bench.train_lora(emulator, seed)
-        limit, _ = choose_limit(
-            adapters, bench.params, emulator, bench.loss, small, candidates=LIMITS
-        )
-        corrected = correct(adapters, bench.params, emulator, limit=limit)
-        del emulator, moments
+        corrected, limit, emulator_seconds = bench.corrected(seed)
         for count in POLISH:
             if f"polish {count}" in records:
                 continue
@@ -142,7 +148,7 @@ def quality(bench, seed, head, done, output):
             loss = bench.measure(attach(bench.params, polished))
             add(f"polish {count}", loss=loss, step_seconds=seconds, limit=limit,
                 rate=bench.rate, emulator_step_seconds=emulator_seconds)  # fmt: skip
-    for count in POLISH:
+    for count in EQUAL_TIME:
         if f"equal time {count}" not in records:
             streamed = records["original"]["step_seconds"]
             spent = steps * records[f"polish {count}"]["emulator_step_seconds"] + count * streamed
@@ -163,7 +169,21 @@ def run(args):
             done = [r for r in read(args.output) if (r["task"], r["seed"]) == (name, seed)]
             steps = args.steps or STEPS[name]
             bench = PolishBench(base, name, args.data, steps, args.rate, args.output)
+            if args.grid:
+                grid(bench, seed, head, args)
+                continue
             quality(bench, seed, head, done, args.output)
+
+
+def grid(bench, seed, head, args):
+    """The loss after the longest polish, by its learning rate."""
+    corrected, _, _ = bench.corrected(seed)
+    for rate in args.grid:
+        polished, _ = bench.streamed(
+            corrected, seed, steps=POLISH[-1], rate=rate, warmup=1, skip=bench.task.steps
+        )
+        loss = bench.measure(attach(bench.params, polished))
+        write(args.output, head | {"row": f"polish {POLISH[-1]} at {rate:g}", "loss": loss})
 
 
 def table(path):
@@ -318,6 +338,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="training steps instead of the task's own")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of the polish")
+    parser.add_argument("--grid", nargs="+", type=float, help="rates to compare on other seeds")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=10)
@@ -330,7 +351,8 @@ def main():
         parser.error("--output is needed, and --data for GSM8K")
     if not args.table:
         run(args)
-    table(args.output)
+    if not args.grid:
+        table(args.output)
 
 
 if __name__ == "__main__":
