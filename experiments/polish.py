@@ -9,7 +9,7 @@ other task is that of `emloc demo`. `--cost` compares ten steps of LoRA in memor
 (expect the same bits), times both beside EMLoC's step at ratio 0.5 in one run, and prints the
 device's peak for several depths. Without it, an emulator at ratio 0.5 is trained and corrected, and
 0, 2, 5 and 10 steps of LoRA on the original follow (fresh optimizer, the batches that come next);
-beside 0 and 10 stands streamed LoRA on the original from nothing, for as many steps as fit into the
+beside 10 stands streamed LoRA on the original from nothing, for as many steps as fit into the
 same time. Results are appended one by one, and a second call goes on where the first stopped.
 `--grid 5e-4 1e-3 2e-3 --seeds 9` polishes with each rate instead, on a seed that no table has.
 
@@ -50,7 +50,7 @@ from emloc_jax.training import (
 )
 
 RATIO, LIMITS = 0.5, (0.0, 0.5, 1.0, 3.0)
-POLISH, EQUAL_TIME = (0, 2, 5, 10), (0, 10)
+POLISH, EQUAL_TIME = (0, 2, 5, 10), (10,)
 STEPS = {"gsm8k": 40, "orders": 40}  # so that 10 steps are a quarter
 
 

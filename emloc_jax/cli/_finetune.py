@@ -38,7 +38,13 @@ from emloc_jax.cli._polish import ContinuedBatches, check_polish, polish_trainin
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
-from emloc_jax.cli._session import Session, byte_size, open_session, parameter_count
+from emloc_jax.cli._session import (
+    Session,
+    byte_size,
+    load_parameters,
+    open_session,
+    parameter_count,
+)
 from emloc_jax.cli._stages import (
     StepMaker,
     Trained,
@@ -93,13 +99,10 @@ def finetune(
         check_correction(config.correct)
     check_polish(config.polish, config.method)
     streamed = finetune_streams(config)
-    # LSP-Offload puts the parameters on the device itself, block by block.
-    on_device = config.method != "lsp"
     session = open_session(
         config.model,
         chunk=config.train.chunk,
-        on_device=on_device,
-        abstract=streamed,
+        abstract=True,
         task=task,
         fresh_head=True,
         seed=config.seed,
@@ -111,6 +114,10 @@ def finetune(
     train_data = encode(session, rows, data)
     test_data = None if kept is None else encode(session, kept, data)
     check_data(session, config, train_data, test_data)
+    if not streamed:
+        # LSP-Offload puts the parameters on the device itself, block by block.
+        on_device = config.method != "lsp"
+        session = load_parameters(session, config.model, on_device=on_device, seed=config.seed)
     trainer = open_trainer(session, config, train_data) if config.method == "lsp" else None
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
     job = _Job(config, run, session, train_data, test_data)

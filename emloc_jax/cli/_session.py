@@ -19,7 +19,7 @@ from emloc_jax.kernels import KernelSpec, find_kernels, intercept
 from emloc_jax.models import generate
 from emloc_jax.training import Loss, make_label_logits, make_label_loss, make_loss
 
-__all__ = ["Session", "byte_size", "open_session", "packaged", "parameter_count"]
+__all__ = ["Session", "byte_size", "load_parameters", "open_session", "packaged", "parameter_count"]
 
 _PACKAGED = {"smollm2": smollm2_path, "minilm": minilm_path}
 
@@ -103,19 +103,18 @@ def open_session(
     options: ModelOptions,
     *,
     chunk: int = 256,
-    on_device: bool = True,
     abstract: bool = False,
     task: Task | None = None,
     fresh_head: bool = False,
     seed: int = 0,
 ) -> Session:
-    """Loads the original model, onto the device unless told otherwise.
+    """Loads the original model onto the device, or only its shapes.
 
     Args:
       options: which model, and how it computes.
       chunk: tokens whose logits live at once.
-      on_device: put the parameters there.
-      abstract: give shapes and dtypes in their place, for stages that read a block at a time.
+      abstract: give shapes and dtypes in place of parameters: for stages that read a block at a
+        time, or until `load_parameters`.
       task: what a classifier is to tell apart; None: a language model is wanted.
       fresh_head: make a classification head where there is none.
       seed: of that head.
@@ -123,7 +122,51 @@ def open_session(
     Raises:
       EmlocError: see `fit_task` and `load_pretrained`.
     """
-    load = functools.partial(
+    load = _loader(options)
+    with status(f"Opening {options.source}"):
+        task = fit_task(task, load(abstract=True, tokenizer=False), fresh_head=fresh_head)
+        if task is not None:
+            load = functools.partial(load, num_labels=task.outputs, seed=seed)
+        base = load(abstract=True)
+    apply = intercept(base.model.apply)
+    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    kernels = find_kernels(base.model.apply, base.params, tokens)
+    if task is None:
+        session = Session(base, apply, make_loss(apply, chunk=chunk), kernels)
+    else:
+        logits = make_label_logits(apply)
+        loss = make_label_loss(logits)
+        session = Session(named_head(base, task), apply, loss, kernels, task, logits)
+    return session if abstract else load_parameters(session, options, seed=seed)
+
+
+def load_parameters(
+    session: Session, options: ModelOptions, *, on_device: bool = True, seed: int = 0
+) -> Session:
+    """A session that was opened abstract, with its parameters.
+
+    Args:
+      session: of the same options.
+      options: see `open_session`.
+      on_device: put the parameters there.
+      seed: see `open_session`.
+
+    Raises:
+      EmlocError: see `load_pretrained`.
+    """
+    load, task = _loader(options), session.task
+    if task is not None:
+        load = functools.partial(load, num_labels=task.outputs, seed=seed)
+    with status(f"Loading {options.source}"):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            params = load(tokenizer=False).params
+        if on_device:  # once; every stage then shares these buffers
+            params = jax.device_put(params, jax.local_devices()[0])
+    return dataclasses.replace(session, base=dataclasses.replace(session.base, params=params))
+
+
+def _loader(options: ModelOptions) -> Callable[..., Pretrained]:
+    return functools.partial(
         load_pretrained,
         packaged(options.source),
         dtype=options.dtype,
@@ -131,24 +174,6 @@ def open_session(
         scan_layers=options.scan_layers,
         remat=options.remat,
     )
-    with status(f"Loading {options.source}"):
-        found = load(abstract=True, tokenizer=False)
-        task = fit_task(task, found, fresh_head=fresh_head)
-        if task is not None:
-            load = functools.partial(load, num_labels=task.outputs, seed=seed)
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            base = load(abstract=abstract)
-        if on_device and not abstract:  # once; every stage then shares these buffers
-            device = jax.local_devices()[0]
-            base = dataclasses.replace(base, params=jax.device_put(base.params, device))
-    apply = intercept(base.model.apply)
-    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
-    kernels = find_kernels(base.model.apply, base.params, tokens)
-    if task is None:
-        return Session(base, apply, make_loss(apply, chunk=chunk), kernels)
-    logits = make_label_logits(apply)
-    base = named_head(base, task)
-    return Session(base, apply, make_label_loss(logits), kernels, task, logits)
 
 
 def packaged(source: str) -> str:
