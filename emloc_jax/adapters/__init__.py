@@ -15,12 +15,14 @@ from emloc_jax.adapters._choose_limit import best_limit as best_limit
 from emloc_jax.adapters._choose_limit import choose_limit as choose_limit
 from emloc_jax.adapters._choose_limit import limit_trials as limit_trials
 from emloc_jax.adapters._choose_limit import limits_to_try as limits_to_try
+from emloc_jax.adapters._choose_limit import trial_loss as trial_loss
 from emloc_jax.adapters._correct import correct as correct
 from emloc_jax.adapters._correct import correct_kernel as correct_kernel
 from emloc_jax.adapters._fit import fitting_leaves as fitting_leaves
 from emloc_jax.adapters._init import init_adapters as init_adapters
 from emloc_jax.adapters._merge import merge as merge
 from emloc_jax.adapters._merge import merged_kernel as merged_kernel
+from emloc_jax.adapters._mismatch import mismatch as mismatch
 from emloc_jax.adapters._problem import HasSum as HasSum
 from emloc_jax.adapters._problem import Problem as Problem
 from emloc_jax.adapters._problem import problems as problems

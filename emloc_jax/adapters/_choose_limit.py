@@ -15,7 +15,14 @@ from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
 from emloc_jax.adapters._problem import HasSum, Problem, problems
 from emloc_jax.errors import NonFiniteError, NoTokensError
 
-__all__ = ["CANDIDATES", "best_limit", "choose_limit", "limit_trials", "limits_to_try"]
+__all__ = [
+    "CANDIDATES",
+    "best_limit",
+    "choose_limit",
+    "limit_trials",
+    "limits_to_try",
+    "trial_loss",
+]
 
 CANDIDATES = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
 
@@ -76,17 +83,21 @@ def choose_limit(
         for limit, adapter in limit_trials(problem, limits, bound).items():
             trials[limit][problem.path] = adapter
     params = jax.device_put(params)  # once, if they still lie on the host
-    evaluate = jax.jit(
-        lambda params, trial, batch: loss(attach(params, trial), batch),
-        compiler_options=loop_options(),
-    )
-
+    evaluate = trial_loss(loss)
     totals = {limit: np.zeros(2) for limit in limits}
     for batch in batches:
         measured = {limit: evaluate(params, trials[limit], batch) for limit in limits}
         for limit, pair in measured.items():
             totals[limit] += np.asarray([float(value) for value in pair])
     return best_limit(totals)
+
+
+def trial_loss(loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]]) -> Any:
+    """A compiled `(params, adapters, batch) -> (sum, weight)` of the original with a trial."""
+    return jax.jit(
+        lambda params, trial, batch: loss(attach(params, trial), batch),
+        compiler_options=loop_options(),
+    )
 
 
 def limits_to_try(candidates: Sequence[float]) -> list[float]:

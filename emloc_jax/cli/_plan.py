@@ -106,7 +106,12 @@ def _setting(config: PlanConfig) -> Setting:
         gradients=config.weighting == "two_sided",
         subspace=config.subspace,
         nnz=config.nnz,
-        original_on_device=config.original_on_device,
+        stream=config.stream,
+        block_inputs=config.block_inputs,
+        activations=None if config.activations is None else parse_bytes(config.activations),
+        choose_limit=config.choose_limit,
+        eval_rows=config.eval_rows,
+        eval_batch=config.eval_batch,
     )
 
 
@@ -157,7 +162,7 @@ def _table(plan: Plan, budget: Budget) -> Table:
 
 def _row(stage: StageMemory, reference: int | None, budget: Budget, unit: int) -> list[str]:
     program = stage.program
-    held = sum(stage.resident.values()) - _counted_twice(stage)
+    held = stage.device - program.peak  # less what is resident and an argument as well
     host, disk = sum(stage.host.values()), sum(stage.disk.values())
     sizes = [program.arguments, program.outputs, program.temporaries, program.aliased, held]
     return [
@@ -172,11 +177,6 @@ def _row(stage: StageMemory, reference: int | None, budget: Budget, unit: int) -
 
 def _figure(size: float) -> str:
     return f"{size:.0f}" if size >= 1000 else f"{size:.2f}" if size < 100 else f"{size:.1f}"
-
-
-def _counted_twice(stage: StageMemory) -> int:
-    """Bytes that are arguments of the largest program and resident all the time."""
-    return stage.program.peak + sum(stage.resident.values()) - stage.device
 
 
 def _verdict(short: dict[str, int], budget: Budget) -> str:

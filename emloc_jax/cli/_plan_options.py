@@ -27,10 +27,10 @@ class HardwareOptions:
 class PlanConfig:
     """Say what a run will take, and find settings that fit, without allocating anything."""
 
-    method: Literal["all", "inference", "lora", "full", "emloc", "lsp"] = option(
+    method: Literal["all", "inference", "lora", "streamed_lora", "full", "emloc", "lsp"] = option(
         "all",
-        "whose stages are planned, beside inference; lsp: also its time on a machine, from the "
-        "figures under hardware",
+        "whose stages are planned, beside inference; streamed_lora: method=lora stream=true of "
+        "finetune; lsp: also its time on a machine, from the figures under hardware",
     )
     source: str = option(
         MISSING,
@@ -60,9 +60,20 @@ class PlanConfig:
     )
     calibration_rows: int = option(128, "training rows that calibrate")
     calibration_batch: int = option(1, "of them at a time")
-    original_on_device: bool = option(
-        False, "the original stays on the device while the emulator trains"
+    stream: bool = option(
+        True,
+        "emloc: every stage reads the original a block at a time; false: it stays on the device, "
+        "with the second moments",
     )
+    activations: str | None = option(
+        None, "streamed: activations that may lie in host memory, e.g. 4GiB; null: no limit"
+    )
+    block_inputs: Literal["device", "host", "pinned_host"] = option(
+        "device", "streamed_lora: where the blocks' inputs wait for the backward pass"
+    )
+    choose_limit: bool = option(True, "emloc: the correction's limit is chosen by losses")
+    eval_rows: int = option(0, "test rows whose loss is taken; 0: no evaluation")
+    eval_batch: int = option(16, "of them at a time")
     subspace: float = option(0.5, "size of LSP-Offload's gradients: a fraction, or from 2 a number")
     nnz: int = option(4, "non-zeros per row of its projectors")
     output: str | None = option(None, "new JSON file; null: only print")

@@ -11,7 +11,7 @@ from emloc_jax.kernels import KernelSpec, LowRankKernel, select, set_leaves
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._setting import Setting
 
-__all__ = ["abstract_adapters", "abstract_emulator", "compressed"]
+__all__ = ["abstract_adapters", "abstract_emulator", "compressed", "selected"]
 
 
 def compressed(abstract: AbstractModel, setting: Setting) -> dict[str, int]:
@@ -20,7 +20,7 @@ def compressed(abstract: AbstractModel, setting: Setting) -> dict[str, int]:
     Raises:
       UnmatchedRuleError: a rule that matches no kernel.
     """
-    chosen, others = candidates(_selected(abstract, setting.where))
+    chosen, others = candidates(selected(abstract, setting.where))
     _, ranks = ranks_for_rules(setting.ratio, chosen, others)
     return ranks
 
@@ -49,7 +49,7 @@ def abstract_emulator(abstract: AbstractModel, setting: Setting) -> Any:
 
 def abstract_adapters(abstract: AbstractModel, setting: Setting) -> dict[str, Adapter]:
     """Shapes of the adapters."""
-    kernels = _selected(abstract, setting.lora_where)
+    kernels = selected(abstract, setting.lora_where)
     return jax.eval_shape(
         lambda key: init_adapters(
             key, kernels, where=".*", rank=setting.lora_rank, alpha=2.0 * setting.lora_rank
@@ -58,7 +58,7 @@ def abstract_adapters(abstract: AbstractModel, setting: Setting) -> dict[str, Ad
     )
 
 
-def _selected(abstract: AbstractModel, where: tuple[str, ...]) -> dict[str, KernelSpec]:
+def selected(abstract: AbstractModel, where: tuple[str, ...]) -> dict[str, KernelSpec]:
     """Kernels that `where` matches; tied embeddings never are."""
     free = [path for path, spec in abstract.kernels.items() if not spec.tied]
     return {path: abstract.kernels[path] for path in select(list(where), free)}

@@ -16,12 +16,14 @@ _SHORT = 64
 _LOWEST_RATIO = 0.01
 
 _ADVICE = {
-    "parameters": "a smaller model, or method=emloc with a lower ratio",
+    "parameters": "a smaller model, method=emloc with a lower ratio, or streamed_lora",
     "trainables": "adapters of a lower rank, or on fewer kernels",
     "optimizer": "adapters of a lower rank, or on fewer kernels",
     "moments": "one-sided weighting, or leaving the widest kernels whole",
     "temporaries": "fewer or shorter rows, or a smaller chunk of logits",
-    "original": "a run that does not keep the original on the device",
+    "original": "a run that reads the original a block at a time",
+    "blocks": "a smaller model, or method=emloc with a lower ratio",
+    "adapters and optimizer": "adapters of a lower rank, or on fewer kernels",
     "activations": "fewer or shorter rows",
     "in flight, at most": "a smaller subspace",
 }
@@ -43,7 +45,7 @@ def require_fits(
     if found is not None:
         advice = f"The nearest setting that fits: {found}."
     else:
-        least = planner.plan(methods, smallest(setting))
+        least = planner.plan(methods, smallest(setting, methods))
         stage, part = least.obstacle, _largest_part(least)
         advice = (
             f"No setting fits: the least possible is {_needs(least, budget)} ({least.setting}), in "
@@ -62,11 +64,12 @@ def nearest(
 ) -> Setting | None:
     """The setting that fits with the least change; it was compiled.
 
-    In this order, each on top of what came before: a smaller chunk of logits and blocks computed
-    again (the same numbers, somewhat slower), smaller micro-batches (the same numbers up to
-    rounding), a lower ratio where an emulator is planned, fewer rows, shorter rows.
+    In this order, each on top of what came before: the original read a block at a time, blocks'
+    inputs on the host, a smaller chunk of logits and blocks computed again (the same numbers,
+    slower), smaller micro-batches (the same numbers up to rounding), a lower ratio where an
+    emulator is planned, fewer rows, shorter rows.
     """
-    for candidate in _equivalent(setting):
+    for candidate in _equivalent(setting, _fields(methods)):
         setting = candidate
         if planner.plan(methods, setting).fits(budget):
             return setting
@@ -79,23 +82,38 @@ def nearest(
     return None
 
 
+def _fields(methods: Sequence[str]) -> set[str]:
+    """Fields of a setting that the stages of some methods look at."""
+    makers = [maker for method in methods for maker in stages_of(method)]
+    return {field for maker in makers for field in getattr(maker, "fields", ())}
+
+
 def _knobs(methods: Sequence[str]) -> list[str]:
     """What can be turned down at a price, the cheapest first."""
-    makers = [maker for method in methods for maker in stages_of(method)]
-    emulated = any("ratio" in getattr(maker, "fields", ()) for maker in makers)
-    return [*(["ratio"] if emulated else []), "batch_size", "length"]
+    return [*(["ratio"] if "ratio" in _fields(methods) else []), "batch_size", "length"]
 
 
-def smallest(setting: Setting) -> Setting:
+def smallest(setting: Setting, methods: Sequence[str]) -> Setting:
     """The setting that takes the least of all that `nearest` can propose."""
-    *_, setting = _equivalent(setting)
+    *_, setting = _equivalent(setting, _fields(methods))
     for knob in ("ratio", "batch_size", "length"):
         setting = _lowest(setting, knob)
     return setting
 
 
-def _equivalent(setting: Setting) -> Iterator[Setting]:
-    """Settings that train the same, each smaller than the one before."""
+def _equivalent(setting: Setting, fields: set[str]) -> Iterator[Setting]:
+    """Settings that train the same, each smaller than the one before.
+
+    Args:
+      setting: to start from.
+      fields: that make a difference, of those that not every stage looks at.
+    """
+    if "stream" in fields and not setting.stream:
+        setting = setting.replace(stream=True)
+        yield setting
+    if "block_inputs" in fields and setting.block_inputs == "device":
+        setting = setting.replace(block_inputs="host")
+        yield setting
     setting = setting.replace(chunk=min(setting.chunk, _SMALL_CHUNK))
     yield setting
     if not setting.remat:

@@ -4,17 +4,25 @@ from collections.abc import Callable, Iterator, Sequence
 
 from emloc_jax.errors import ConfigError
 from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._emloc_stages import (
+    calibration,
+    correction,
+    emulator_training,
+    evaluation,
+    factorization,
+    merging,
+)
+from emloc_jax.memory._evaluation_stages import full_evaluation, lora_evaluation
 from emloc_jax.memory._lsp_stage import lsp_training
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Stage
-from emloc_jax.memory._streamed_stages import calibration, correction, factorization, merging
-from emloc_jax.memory._target import Target
-from emloc_jax.memory._trained_stages import (
-    emulator_training,
-    full_training,
-    inference,
-    lora_training,
+from emloc_jax.memory._streamed_lora import (
+    streamed_lora_evaluation,
+    streamed_lora_merging,
+    streamed_lora_training,
 )
+from emloc_jax.memory._target import Target
+from emloc_jax.memory._trained_stages import full_training, inference, lora_training
 
 __all__ = ["StageMaker", "methods", "register_method", "stages_of"]
 
@@ -22,10 +30,11 @@ StageMaker = Callable[[AbstractModel, Setting, Target], Iterator[Stage]]
 
 _METHODS: dict[str, tuple[StageMaker, ...]] = {
     "inference": (inference,),
-    "lora": (lora_training,),
-    "full": (full_training,),
+    "lora": (lora_training, lora_evaluation),
+    "streamed_lora": (streamed_lora_training, streamed_lora_evaluation, streamed_lora_merging),
+    "full": (full_training, full_evaluation),
     "lsp": (lsp_training,),
-    "emloc": (calibration, factorization, emulator_training, correction, merging),
+    "emloc": (calibration, factorization, emulator_training, correction, evaluation, merging),
 }
 
 

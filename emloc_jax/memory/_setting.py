@@ -1,7 +1,7 @@
 """What a plan is made for: the sizes and choices that memory depends on."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -9,6 +9,8 @@ import numpy as np
 from emloc_jax.errors import ConfigError
 
 __all__ = ["Setting"]
+
+Place = Literal["device", "host", "pinned_host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,21 @@ class Setting:
       chunk: tokens whose logits live at once.
       remat: whether blocks are computed again in the backward pass.
       accumulation: micro-batches per step.
-      calibration_rows: that calibrate; their activations lie on the host between blocks.
+      calibration_rows: that calibrate, and that choose the correction's limit.
       calibration_batch: of them at a time on the device.
       gradients: whether calibration measures output gradients (two-sided weighting).
       subspace: of LSP-Offload: a size from 2, or a fraction.
       nnz: of its projectors.
-      original_on_device: whether the original stays on the device while the emulator trains. No
-        stage needs that; a loop that keeps the parameters it loaded does it all the same.
+      stream: whether the original is read a block at a time by every stage that needs it, so that
+        training holds the emulator alone; else it stays on the device throughout, as `finetune`
+        keeps it, with the second moments that were measured.
+      block_inputs: where streamed LoRA keeps the blocks' inputs: device, host or pinned_host.
+      activations: bytes of activations that streamed stages may keep on the host; the rest goes to
+        files. None: no limit.
+      choose_limit: whether the correction's limit is the one with the lowest loss on the
+        calibration rows.
+      eval_rows: test rows whose loss is taken; 0: no evaluation.
+      eval_batch: of them at a time.
 
     Raises:
       ConfigError: a size that cannot be.
@@ -51,7 +61,12 @@ class Setting:
     gradients: bool = True
     subspace: float = 0.5
     nnz: int = 4
-    original_on_device: bool = False
+    stream: bool = True
+    block_inputs: Place = "device"
+    activations: int | None = None
+    choose_limit: bool = True
+    eval_rows: int = 0
+    eval_batch: int = 16
 
     def __post_init__(self):
         for name in ("batch_size", "length", "lora_rank", "chunk", "accumulation"):
@@ -59,6 +74,12 @@ class Setting:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.calibration_rows < 1 or self.calibration_batch < 1:
             raise ConfigError("Calibration takes at least one row, and one at a time.")
+        if self.eval_rows < 0 or self.eval_batch < 1:
+            raise ConfigError("Evaluation takes no fewer than 0 rows, and at least one at a time.")
+        if self.block_inputs not in get_args(Place):
+            raise ConfigError(
+                f"block_inputs={self.block_inputs}; it is one of {', '.join(get_args(Place))}."
+            )
         if not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio}; it must lie strictly between 0 and 1.")
         if self.batch_size % self.accumulation:
@@ -94,5 +115,5 @@ class Setting:
         parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
         return (
             f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
-            f"chunk={self.chunk}, remat={str(self.remat).lower()}"
+            f"chunk={self.chunk}, remat={str(self.remat).lower()}, stream={str(self.stream).lower()}"
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from emloc_jax._program import Program, tree_bytes
 from emloc_jax._program_memory import ProgramMemory, analysed
 
 __all__ = ["Program", "Stage", "StageMemory", "measure_stage", "tree_bytes"]
@@ -18,22 +19,6 @@ _QUICK: dict[str, str | bool] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """One program of a stage.
-
-    Attributes:
-      lowered: the real program on shapes, or its figures.
-      arguments: bytes of its arguments by what they are; those that are not named here count as
-        `other arguments`.
-      shared: bytes of its arguments that the stage's `resident` counts already.
-    """
-
-    lowered: jax.stages.Lowered | ProgramMemory
-    arguments: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    shared: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage of a method, before anything of it is compiled.
 
@@ -42,7 +27,7 @@ class Stage:
       method: `inference`, `lora`, `emloc`, ...
       programs: by name; they run one after the other, so that the largest one counts.
       resident: bytes on the device by what they are, there while any of the programs runs and not
-        among its arguments (but for what `Program.shared` says).
+        among its arguments (but for what `Program.shared` says); see also `Program.beside`.
       host: bytes of host memory by what they are.
       disk: bytes written to the disk by what they are.
     """
@@ -126,8 +111,9 @@ def measure_stage(
         name: p.lowered if isinstance(p.lowered, ProgramMemory) else compile_(p.lowered)
         for name, p in stage.programs.items()
     }
-    largest = max(programs, key=lambda n: programs[n].peak - stage.programs[n].shared)
-    parts = _parts(programs[largest], stage.programs[largest])
+    peaks = {name: _parts(memory, stage.programs[name]) for name, memory in programs.items()}
+    largest = max(peaks, key=lambda name: sum(peaks[name].values()))
+    parts = peaks[largest]
     for name, size in stage.resident.items():
         parts[name] = parts.get(name, 0) + size
     return StageMemory(
@@ -137,8 +123,8 @@ def measure_stage(
         parts={name: size for name, size in parts.items() if size},
         largest=largest,
         resident=dict(stage.resident),
-        host=dict(stage.host),
-        disk=dict(stage.disk),
+        host={name: size for name, size in stage.host.items() if size},
+        disk={name: size for name, size in stage.disk.items() if size},
     )
 
 
@@ -147,22 +133,12 @@ def quick_figures(lowered: jax.stages.Lowered) -> ProgramMemory:
     return analysed(lowered.compile(compiler_options=_QUICK))
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves of a tree of arrays or shapes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tree_bytes({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)})
-      36
-    """
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _parts(memory: ProgramMemory, program: Program) -> dict[str, int]:
-    named = dict(program.arguments)
-    rest = memory.arguments - program.shared - sum(named.values())
-    return named | {
-        "other arguments": rest,
-        "outputs": memory.outputs - memory.aliased,
-        "temporaries": memory.temporaries,
-    }
+    """What lies on the device while a program runs, by what it is."""
+    parts = dict(program.arguments)
+    parts["other arguments"] = program.own(memory) - sum(parts.values())
+    parts["outputs"] = memory.outputs - memory.aliased
+    parts["temporaries"] = memory.temporaries
+    for name, size in program.beside.items():
+        parts[name] = parts.get(name, 0) + size
+    return parts

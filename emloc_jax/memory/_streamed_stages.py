@@ -1,212 +1,201 @@
-"""Stages that walk the model: one block or one kernel on the device at a time.
+"""Stages that read the original a block at a time: the programs of room streaming, on shapes."""
 
-What a stage holds besides its programs' arguments is said in `resident`: the block that is read
-ahead while one is at work. Between blocks, the activations of all calibration rows lie on the host.
-"""
-
-import functools
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax._compiling import loop_options
-from emloc_jax.adapters import apply_bound, correction_terms, merged_kernel
-from emloc_jax.emulator import Taps, calibration_step, factorize
-from emloc_jax.kernels import KernelSpec, find_kernels, flatten_leaves, intercept
-from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator, compressed
+from emloc_jax.adapters import CANDIDATES, Adapter, limits_to_try
+from emloc_jax.emulator import Taps
+from emloc_jax.kernels import flatten_leaves
+from emloc_jax.memory._abstract_emulator import (
+    abstract_adapters,
+    abstract_emulator,
+    compressed,
+    selected,
+)
 from emloc_jax.memory._abstract_model import AbstractModel
-from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
-from emloc_jax.memory._stage import Program, Stage, tree_bytes
+from emloc_jax.memory._stage import Stage, tree_bytes
 from emloc_jax.memory._target import Target
-from emloc_jax.models import block_stack
-from emloc_jax.training import make_head_loss
+from emloc_jax.streaming import (
+    BlockShapes,
+    LayerKernels,
+    StreamedModel,
+    block_adapters,
+    block_shapes,
+    calibration_programs,
+    correction_programs,
+    factor_bytes,
+    factorization_programs,
+    layer_kernels,
+    loss_programs,
+    merge_programs,
+    streamed_model,
+    trial_bytes,
+)
 
-__all__ = ["calibration", "correction", "factorization", "merging"]
+__all__ = [
+    "largest_tensor",
+    "streamed_calibration",
+    "streamed_correction",
+    "streamed_evaluation",
+    "streamed_factorization",
+    "streamed_merging",
+]
 
 
-@depends_on("length", "chunk", "where", "calibration_rows", "calibration_batch", "gradients")
-def calibration(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """Second moments of one block at a time, over a batch of calibration rows.
+def streamed_calibration(
+    abstract: AbstractModel, setting: Setting, target: Target
+) -> Iterator[Stage]:
+    """All calibration rows through one block after the other; see `stream_emulator`.
 
-    Forward with activations spilled to the host; with output gradients, a pass back through the
-    blocks as well, from the loss and its gradient at the last block's output. Moments are taken
-    for one group of kernels that read the same input after another.
+    Two-sided, the inputs of all blocks wait for the way back; gradients, and one-sided inputs, are
+    written to files, of two blocks at a time.
     """
-    with target.compiling():
-        apply = intercept(abstract.model.apply)
-        stack = block_stack(abstract.model, wrap=intercept)
-        outer = jax.eval_shape(stack.outer, abstract.params)
-        block = jax.eval_shape(lambda tree: stack.block_params(tree, 0), abstract.params)
-        batch = setting.batch(setting.calibration_batch)
-        inputs = batch["tokens"], batch["positions"], batch["segments"]
-        x, context = jax.eval_shape(stack.embed, outer, *inputs)
-        head_loss = make_head_loss(apply, chunk=setting.chunk)
-
-        def jitted(function: Any) -> Any:
-            return jax.jit(function, compiler_options=loop_options())
-
-        programs = {
-            "embed": Program(target.lower(jitted(stack.embed), outer, *inputs)),
-            "block": Program(target.lower(jitted(stack.block), block, x, context)),
-        }
-        if setting.gradients:
-
-            def last(outer: Any, x: Any, batch: Any) -> Any:
-                return jax.grad(lambda x: head_loss(outer, x, batch)[0])(x)
-
-            def back(params: Any, x: Any, context: Any, g: Any) -> Any:
-                return jax.vjp(lambda x: stack.block(params, x, context), x)[1](g)[0]
-
-            programs["loss"] = Program(target.lower(jitted(last), outer, x, batch))
-            programs["back"] = Program(target.lower(jitted(back), block, x, context, x))
-        for name, specs in _groups(abstract, setting, stack, block, x, context).items():
-            programs[f"moments of {name}"] = _moments(
-                setting, target, stack, block, specs, (x, context, batch["segments"])
-            )
-    per_row = tree_bytes(x) // setting.calibration_batch * setting.calibration_rows
+    with target.lowering():
+        model, shapes = _parts(abstract, setting, setting.calibration_batch)
+        taps = _taps(abstract, setting)
+        programs = calibration_programs(model, shapes, taps)
+    rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
+    kept, spilled = _spilled(rows * (shapes.count if setting.gradients else 1), setting)
     yield Stage(
         "calibrate",
         "emloc",
         programs,
-        resident={"next block": tree_bytes(block)},
-        host={"activations": per_row * (2 if setting.gradients else 1)},
+        host={"activations": kept, "block as read": shapes.read},
+        disk={"activations": spilled + 2 * rows},
     )
 
 
-@depends_on("ratio", "where", "gradients")
-def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """Factoring one kernel of one layer at a time, with its moments."""
-    programs = {}
-    ranks = compressed(abstract, setting)
-    for path, spec in _kinds(abstract, ranks).items():
-        kernel = jax.ShapeDtypeStruct((spec.d_in, spec.d_out), jnp.float32)
-        moment = jax.ShapeDtypeStruct((spec.d_in, spec.d_in), jnp.float32)
-        gradient = jax.ShapeDtypeStruct((spec.d_out, spec.d_out), jnp.float32)
-        run = jax.jit(functools.partial(factorize, max_rank=ranks[path]))
-        given = (kernel, moment, gradient) if setting.gradients else (kernel, moment)
-        arguments = {"parameters": tree_bytes(kernel), "moments": tree_bytes(given[1:])}
-        programs[path] = Program(target.lower(run, *given), arguments)
-    emulator = abstract_emulator(abstract, setting)
-    largest = max((_kernel_bytes(spec) for spec in _kinds(abstract, ranks).values()), default=0)
-    yield Stage(
-        "factorize",
-        "emloc",
-        programs,
-        resident={"kernel as stored": largest},
-        disk={"emulator": tree_bytes(emulator)},
-    )
+def streamed_factorization(
+    abstract: AbstractModel, setting: Setting, target: Target
+) -> Iterator[Stage]:
+    """The kernels of a block, one after the other, while all of its second moments are there."""
+    layer, ranks = _factored(abstract, setting)
+    with target.lowering():
+        _, shapes = _parts(abstract, setting, setting.calibration_batch)
+        taps = _taps(abstract, setting)
+        programs = factorization_programs(shapes, taps, layer.specs, ranks)
+    factors = factor_bytes(layer.specs, ranks)
+    rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
+    kept, spilled = _spilled(rows * (shapes.count if setting.gradients else 1), setting)
+    host = {
+        "activations": kept,
+        "block as read": shapes.read,
+        "factors": 2 * factors,  # of the block, and as the file that is written
+    }
+    if target.platform != "cpu":  # the fingerprint reads them there
+        host["moments"] = tree_bytes(jax.eval_shape(taps.zeros))
+    disk = {
+        "activations": spilled + 2 * rows,
+        "factors": shapes.count * factors,
+        "emulator": tree_bytes(abstract_emulator(abstract, setting)),
+    }
+    yield Stage("factorize", "emloc", programs, host=host, disk=disk)
 
 
-@depends_on("ratio", "where", "lora_where", "lora_rank")
-def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """Correcting the adapter of one kernel of one layer at a time."""
+def streamed_correction(
+    abstract: AbstractModel, setting: Setting, target: Target
+) -> Iterator[Stage]:
+    """One kernel of one layer after the other; then the losses of all limits, if one is chosen."""
     adapters = abstract_adapters(abstract, setting)
     emulator = flatten_leaves(abstract_emulator(abstract, setting))
-    programs: dict[str, Program] = {}
-    for path, spec in _kinds(abstract, adapters).items():
-        kernel, lora_a, lora_b = _one_layer(spec, setting.lora_rank)
-        box = emulator[path]
-        emulated: Any = kernel
-        if hasattr(box, "rank"):
-            emulated = tuple(
-                jax.ShapeDtypeStruct(shape, spec.dtype)
-                for shape in ((spec.d_in, box.rank), (box.rank, spec.d_out))
-            )
-        scale = np.float32(1)
-        given = (lora_a, lora_b, kernel, emulated, None, scale)
-        arguments = {
-            "parameters": tree_bytes((kernel, emulated)),
-            "trainables": tree_bytes((lora_a, lora_b)),
-        }
-        programs[f"terms of {path}"] = Program(
-            target.lower(jax.jit(correction_terms), *given), arguments
-        )
-        terms = jax.eval_shape(correction_terms, *given)
-        bound = target.lower(jax.jit(partial(apply_bound, bound="row")), terms, np.float32(3))
-        programs[f"bound of {path}"] = Program(bound)
-    resident = {"adapters": 2 * tree_bytes(adapters)}  # as trained, and corrected
-    yield Stage("correct", "emloc", programs, resident)
+    with target.lowering():
+        programs = correction_programs(adapters, abstract.kernels, emulator)
+        host = {"kernel as read": 2 * max(_layer_bytes(abstract, path) for path in adapters)}
+        disk: dict[str, int] = {}
+        if setting.choose_limit:
+            model, shapes = _parts(abstract, setting, setting.calibration_batch)
+            trials = trial_bytes(adapters)
+            programs |= loss_programs(model, shapes, _of_block(adapters), trials)
+            rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
+            kept, spilled = _spilled(rows * len(limits_to_try(CANDIDATES)), setting)
+            host |= {"activations": kept, "block as read": shapes.read}
+            disk["activations"] = spilled
+    yield Stage("correct", "emloc", programs, host=host, disk=disk)
 
 
-@depends_on("lora_where", "lora_rank")
-def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """Adding one kernel's adapter to it at a time."""
+def streamed_merging(
+    abstract: AbstractModel, setting: Setting, target: Target, method: str = "emloc"
+) -> Iterator[Stage]:
+    """Adding one kernel's adapter to it at a time, and writing one tensor at a time."""
     adapters = abstract_adapters(abstract, setting)
-    programs = {}
-    for path, spec in _kinds(abstract, adapters).items():
-        kernel, lora_a, lora_b = _one_layer(spec, setting.lora_rank)
-        lowered = target.lower(merged_kernel, kernel, lora_a, lora_b, np.float32(1))
-        arguments = {
-            "parameters": tree_bytes(kernel),
-            "trainables": tree_bytes((lora_a, lora_b)),
-        }
-        programs[path] = Program(lowered, arguments)
+    with target.lowering():
+        programs = merge_programs(adapters, abstract.kernels)
     yield Stage(
         "merge",
-        "emloc",
+        method,
         programs,
-        resident={"adapters": tree_bytes(adapters)},
+        host={"tensor as read": 2 * largest_tensor(abstract)},
         disk={"merged model": tree_bytes(abstract.params)},
     )
 
 
-def _groups(
-    abstract: AbstractModel, setting: Setting, stack: Any, block: Any, x: Any, context: Any
-) -> dict[str, dict[str, KernelSpec]]:
-    """Kernels of a block that are compressed, by the input they share."""
-    wanted = set(compressed(abstract, setting))
-    found = find_kernels(lambda v, *given: stack.block(v["params"], *given), block, x, context)
-    groups: dict[str, dict[str, KernelSpec]] = {}
-    for path, spec in found.items():
-        if f"{stack.name}/{path}" in wanted:
-            groups.setdefault(spec.input_group, {})[path] = spec
-    return groups
+def streamed_evaluation(
+    abstract: AbstractModel, setting: Setting, target: Target, method: str = "emloc"
+) -> Iterator[Stage]:
+    """The loss of the original with adapters on the test rows, all through one block at a time."""
+    adapters = abstract_adapters(abstract, setting)
+    with target.lowering():
+        model, shapes = _parts(abstract, setting, setting.eval_batch)
+        beside = {"adapters": tree_bytes(adapters)}
+        programs = loss_programs(model, shapes, _of_block(adapters), beside)
+    kept, spilled = _spilled(_rows(shapes, setting.eval_batch, setting.eval_rows), setting)
+    host = {"activations": kept, "block as read": shapes.read}
+    yield Stage("evaluate", method, programs, host=host, disk={"activations": spilled})
 
 
-def _moments(
-    setting: Setting,
-    target: Target,
-    stack: Any,
-    block: Any,
-    specs: Mapping[str, KernelSpec],
-    inputs: tuple[Any, Any, Any],
-) -> Program:
-    """The library's calibration step on one block, whose loss is its output along a gradient."""
-    x, context, segments = inputs
-
-    def along(variables: Any, given: Any) -> jax.Array:
-        y = stack.block(variables["params"], given["x"], given["context"])
-        return jnp.vdot(y.astype(jnp.float32), given["g"].astype(jnp.float32))
-
-    taps = Taps(specs, gradients=setting.gradients)
-    step: Any = calibration_step(along, taps, mask=lambda given: given["segments"] > 0)
-    sums = jax.eval_shape(taps.zeros)
-    given = {"x": x, "context": context, "g": x, "segments": segments}
-    arguments = {"moments": tree_bytes(sums)}
-    return Program(target.lower(step, block, sums, given), arguments)
+def largest_tensor(abstract: AbstractModel) -> int:
+    """Bytes of the largest tensor that is read or written at once, one layer of a stack."""
+    inside, outside = abstract.params["layers"], dict(abstract.params)
+    del outside["layers"]
+    count = abstract.model.config.num_layers
+    sizes = [tree_bytes(leaf) // count for leaf in jax.tree.leaves(inside)]
+    return max([*sizes, *(tree_bytes(leaf) for leaf in jax.tree.leaves(outside))])
 
 
-def _kinds(abstract: AbstractModel, paths: Any) -> dict[str, KernelSpec]:
-    """One kernel of each shape."""
-    kinds: dict[Any, str] = {}
-    for path in paths:
-        spec = abstract.kernels[path]
-        kinds.setdefault((spec.d_in, spec.d_out, str(spec.dtype)), path)
-    return {path: abstract.kernels[path] for path in kinds.values()}
+def _parts(
+    abstract: AbstractModel, setting: Setting, rows: int
+) -> tuple[StreamedModel, BlockShapes]:
+    model = streamed_model(abstract.model, chunk=setting.chunk)
+    return model, block_shapes(model, abstract.params, setting.batch(rows))
 
 
-def _one_layer(spec: KernelSpec, rank: int) -> tuple[Any, Any, Any]:
-    return (
-        jax.ShapeDtypeStruct((spec.d_in, spec.d_out), spec.dtype),
-        jax.ShapeDtypeStruct((spec.d_in, rank), jnp.float32),
-        jax.ShapeDtypeStruct((rank, spec.d_out), jnp.float32),
-    )
+def _layer(abstract: AbstractModel, setting: Setting) -> LayerKernels:
+    """The kernels of a block that calibration measures."""
+    kernels = selected(abstract, setting.where)
+    return layer_kernels(kernels, abstract.model.config.num_layers, scanned=True)[0]
 
 
-def _kernel_bytes(spec: KernelSpec) -> int:
+def _taps(abstract: AbstractModel, setting: Setting) -> Taps:
+    return Taps(_layer(abstract, setting).specs, gradients=setting.gradients)
+
+
+def _factored(abstract: AbstractModel, setting: Setting) -> tuple[LayerKernels, dict[str, int]]:
+    """The kernels of a block that get a rank, and their ranks."""
+    layer, ranks = _layer(abstract, setting), compressed(abstract, setting)
+    own = {name: ranks[path] for name, path in layer.paths.items() if path in ranks}
+    specs = {name: spec for name, spec in layer.specs.items() if name in own}
+    return LayerKernels(layer.index, specs, layer.paths), own
+
+
+def _of_block(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    return jax.eval_shape(lambda tree: block_adapters(tree, 0), dict(adapters))
+
+
+def _rows(shapes: BlockShapes, batch: int, rows: int) -> int:
+    """Bytes of the inputs of one block, of all rows."""
+    return tree_bytes(shapes.x) * -(-rows // batch)
+
+
+def _spilled(size: int, setting: Setting) -> tuple[int, int]:
+    """What of some activations lies on the host, and what in files."""
+    kept = size if setting.activations is None else min(size, setting.activations)
+    return kept, size - kept
+
+
+def _layer_bytes(abstract: AbstractModel, path: str) -> int:
+    """Bytes of one layer of a kernel."""
+    spec = abstract.kernels[path]
     return spec.d_in * spec.d_out * np.dtype(spec.dtype).itemsize

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,8 +36,14 @@ class Target:
 
     def lower(self, program: Any, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """`program.lower(*args, **kwargs)` for this device; `args` may be shapes."""
-        with self.compiling(), jax.default_device(self.device):
+        with self.lowering():
             return program.lower(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def lowering(self) -> Iterator[None]:
+        """While this is open, programs are made and lowered for this device."""
+        with self.compiling(), jax.default_device(self.device):
+            yield
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """While this is open, programs are made with the options of this platform."""

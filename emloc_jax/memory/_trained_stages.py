@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from emloc_jax._compiling import loop_options
 from emloc_jax.adapters import attach
 from emloc_jax.kernels import intercept
-from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator
+from emloc_jax.memory._abstract_emulator import abstract_adapters
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
@@ -23,11 +23,11 @@ from emloc_jax.training import (
     make_train_step,
 )
 
-__all__ = ["emulator_training", "full_training", "inference", "lora_training"]
+__all__ = ["LORA_FIELDS", "frozen_training", "full_training", "inference", "lora_training"]
 
 _BATCH = ("batch_size", "length", "accumulation")
 _STEP = (*_BATCH, "chunk", "remat")
-_LORA = (*_STEP, "lora_where", "lora_rank")
+LORA_FIELDS = (*_STEP, "lora_where", "lora_rank")
 
 
 @depends_on(*_BATCH)
@@ -51,36 +51,25 @@ def inference(abstract: AbstractModel, setting: Setting, target: Target) -> Iter
     yield Stage("inference", "inference", {"forward": Program(lowered, arguments)})
 
 
-@depends_on(*_LORA)
+@depends_on(*LORA_FIELDS)
 def lora_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the original, all of it on the device."""
-    yield _on_frozen("train", "lora", abstract, abstract.params, setting, target)
+    yield from frozen_training("train", "lora", abstract, abstract.params, setting, target)
 
 
-@depends_on(*_LORA, "ratio", "where", "original_on_device")
-def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """LoRA on the emulator."""
-    frozen = abstract_emulator(abstract, setting)
-    resident = {}
-    if setting.original_on_device:  # leaves that are not compressed are the original's own
-        shared = tree_bytes([leaf for leaf in _arrays(frozen) if leaf in _arrays(abstract.params)])
-        resident["original"] = tree_bytes(abstract.params) - shared
-    yield _on_frozen("train", "emloc", abstract, frozen, setting, target, resident)
-
-
-@depends_on(*_STEP, "original_on_device")
+@depends_on(*_STEP)
 def full_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """Adam on all parameters, with fp32 masters, as `finetune` trains them."""
+    """Adam on all parameters, with fp32 masters beside the original, as `finetune` trains them."""
     masters = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), abstract.params
     )
-    resident = {"original": tree_bytes(abstract.params)} if setting.original_on_device else {}
+    resident = {"original": tree_bytes(abstract.params)}
     with target.compiling():
         program = _step(abstract, setting, masters, None, None, target)
     yield Stage("train", "full", {"step": program}, resident)
 
 
-def _on_frozen(
+def frozen_training(
     name: str,
     method: str,
     abstract: AbstractModel,
@@ -88,7 +77,8 @@ def _on_frozen(
     setting: Setting,
     target: Target,
     resident: dict[str, int] | None = None,
-) -> Stage:
+) -> Iterator[Stage]:
+    """LoRA on parameters that lie on the device as they are."""
     adapters = abstract_adapters(abstract, setting)
 
     def combine(adapters: Any, frozen: Any, key: jax.Array) -> Any:
@@ -97,7 +87,7 @@ def _on_frozen(
 
     with target.compiling():
         program = _step(abstract, setting, adapters, frozen, combine, target)
-    return Stage(name, method, {"step": program}, resident or {})
+    yield Stage(name, method, {"step": program}, resident or {})
 
 
 def _step(
@@ -127,7 +117,3 @@ def _step(
         "optimizer": tree_bytes(state.opt_state),
     }
     return Program(target.lower(step, state, frozen, setting.batch()), arguments)
-
-
-def _arrays(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree)

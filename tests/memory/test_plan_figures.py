@@ -23,7 +23,7 @@ from emloc_jax.memory import (
     methods,
     target_named,
 )
-from emloc_jax.memory._trained_stages import emulator_training
+from emloc_jax.memory._emloc_stages import emulator_training
 from emloc_jax.training import (
     init_state,
     make_loss,

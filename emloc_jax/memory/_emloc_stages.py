@@ -1,0 +1,94 @@
+"""The stages of a run with an emulator, the original streamed or whole on the device."""
+
+from collections.abc import Iterator
+
+from emloc_jax.memory._abstract_emulator import abstract_emulator
+from emloc_jax.memory._abstract_model import AbstractModel
+from emloc_jax.memory._depends import depends_on
+from emloc_jax.memory._evaluation_stages import EVALUATION, whole_evaluation
+from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._stage import Stage, tree_bytes
+from emloc_jax.memory._streamed_stages import (
+    streamed_calibration,
+    streamed_correction,
+    streamed_evaluation,
+    streamed_factorization,
+    streamed_merging,
+)
+from emloc_jax.memory._target import Target
+from emloc_jax.memory._trained_stages import LORA_FIELDS, frozen_training
+from emloc_jax.memory._whole_stages import (
+    kept_with_emulator,
+    whole_calibration,
+    whole_correction,
+    whole_factorization,
+    whole_merging,
+)
+
+__all__ = [
+    "calibration",
+    "correction",
+    "emulator_training",
+    "evaluation",
+    "factorization",
+    "merging",
+]
+
+_CALIBRATION = (
+    *("stream", "length", "chunk", "remat", "where", "gradients"),
+    *("calibration_rows", "calibration_batch", "activations"),
+)
+_LORA = ("lora_where", "lora_rank")
+
+
+@depends_on(*_CALIBRATION)
+def calibration(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Measuring second moments."""
+    make = streamed_calibration if setting.stream else whole_calibration
+    yield from make(abstract, setting, target)
+
+
+@depends_on(*_CALIBRATION, "ratio")
+def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Factoring kernels by their second moments."""
+    make = streamed_factorization if setting.stream else whole_factorization
+    yield from make(abstract, setting, target)
+
+
+@depends_on(*LORA_FIELDS, "stream", "ratio", "where", "gradients")
+def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """LoRA on the emulator; in memory, beside the original and the second moments."""
+    resident = {}
+    if not setting.stream:
+        kept = kept_with_emulator(abstract, setting)
+        emulator = tree_bytes(abstract_emulator(abstract, setting))
+        # Leaves that are not compressed are the original's own.
+        shared = emulator - kept["emulator"]
+        resident = {
+            "original": tree_bytes(abstract.params) - shared,
+            "moments": kept["moments"],
+        }
+    frozen = abstract_emulator(abstract, setting)
+    yield from frozen_training("train", "emloc", abstract, frozen, setting, target, resident)
+
+
+@depends_on(*_CALIBRATION, *_LORA, "ratio", "choose_limit")
+def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Correcting the adapters for the original."""
+    make = streamed_correction if setting.stream else whole_correction
+    yield from make(abstract, setting, target)
+
+
+@depends_on(*_LORA, "stream", "ratio", "where", "gradients")
+def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """Adding the adapters to the original."""
+    make = streamed_merging if setting.stream else whole_merging
+    yield from make(abstract, setting, target)
+
+
+@depends_on(*EVALUATION, *_LORA, "stream", "ratio", "where", "gradients", "activations")
+def evaluation(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """The loss on the test rows, if there are any."""
+    if setting.eval_rows:
+        make = streamed_evaluation if setting.stream else whole_evaluation
+        yield from make(abstract, setting, target)
