@@ -11,6 +11,7 @@ from emloc_jax._compiling import loop_options
 from emloc_jax._program_memory import analysed
 from emloc_jax.adapters import Adapter
 from emloc_jax.checkpoints import load_emulator, save_adapter, save_pretrained
+from emloc_jax.cli._budget import finetune_setting, keep_budget
 from emloc_jax.cli._checks import (
     check_correction,
     check_data,
@@ -114,6 +115,9 @@ def finetune(
     train_data = encode(session, rows, data)
     test_data = None if kept is None else encode(session, kept, data)
     check_data(session, config, train_data, test_data)
+    if config.memory_budget is not None:
+        planned = finetune_setting(config, session, train_data, test_data, stream=streamed)
+        keep_budget(session, config.memory_budget, *planned)
     if not streamed:
         # LSP-Offload puts the parameters on the device itself, block by block.
         on_device = config.method != "lsp"
@@ -166,7 +170,7 @@ class _Job:
         self.evaluate("adapter on the original, uncorrected", adapters)
         self.save_adapter("adapter", adapters)
         corrected = self.corrected(adapters, emulator, calibration, moments)
-        del emulator, moments
+        del emulator, moments  # the polish needs their memory
         if config.polish.steps:
             corrected = self.polished(corrected)
         self.save_merged(corrected)
@@ -317,7 +321,8 @@ class _Job:
                 folder, seed = self.run / "emulator", config.seed
                 write_emulator(folder, session, emulator, report, moments, config.emulator, seed)
         self.sizes(emulator)
-        return emulator, moments
+        # What only the factorization needed must not lie there while adapters train.
+        return emulator, moments if config.correct.weighted else None
 
     def streamed_emulator(self, calibration: list[Any]) -> Any:
         """The emulator, made a block at a time unless its folder was finished before."""

@@ -34,6 +34,10 @@ STREAM = (
     "read the model a block at a time: true, false, or auto: if its parameters take more than 40 % "
     "of free memory"
 )
+BUDGET = (
+    "device memory that no stage may exceed, e.g. 24GiB: planned on shapes and refused before "
+    "anything is allocated; null: no limit"
+)
 ACTIVATIONS = "streamed: activations that may lie in host memory; the rest goes to files"
 
 
@@ -260,6 +264,7 @@ class FinetuneConfig:
     seed: int = option(0, "seed of initialization, order and dropout")
     stream: str = option("auto", f"emloc and lora: {STREAM}; same results")
     activations: str = option("4GiB", ACTIVATIONS)
+    memory_budget: str | None = option(None, BUDGET)
     model: ModelOptions = group(ModelOptions)
     data: DataOptions = group(DataOptions)
     emulator: EmulatorOptions = group(EmulatorOptions)
@@ -279,6 +284,7 @@ class EmulateConfig:
     seed: int = option(0, "seed of the choice of calibration rows")
     stream: str = option("auto", STREAM)
     activations: str = option("4GiB", ACTIVATIONS)
+    memory_budget: str | None = option(None, BUDGET)
     model: ModelOptions = group(ModelOptions)
     data: DataOptions = group(DataOptions)
     emulator: EmulatorOptions = group(EmulatorOptions)
@@ -294,6 +300,7 @@ class CorrectConfig:
     seed: int = option(0, "seed of the choice of calibration rows")
     stream: str = option("auto", STREAM)
     activations: str = option("4GiB", ACTIVATIONS)
+    memory_budget: str | None = option(None, BUDGET)
     model: ModelOptions = group(ModelOptions)
     data: OptionalDataOptions = group(OptionalDataOptions)
     calibration: CalibrationOptions = group(CalibrationOptions)
@@ -307,6 +314,7 @@ class MergeConfig:
     adapter: str = option(MISSING, "adapter folder")
     output: str = option(MISSING, "new folder for the merged model")
     stream: str = option("auto", STREAM)
+    memory_budget: str | None = option(None, BUDGET)
     model: ModelOptions = group(ModelOptions)
 
 

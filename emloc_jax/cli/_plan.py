@@ -19,6 +19,7 @@ from emloc_jax.memory import (
     Budget,
     Plan,
     Planner,
+    Policy,
     Setting,
     StageMemory,
     Target,
@@ -130,15 +131,23 @@ def _budget(config: PlanConfig, target: Target) -> Budget:
 def _search(
     planner: Planner, config: PlanConfig, setting: Setting, budget: Budget
 ) -> dict[str, Setting | None]:
-    """The largest value of each knob, all else as asked; remat off if that fits."""
+    """The largest value of each knob, all else as asked; the policy that computes least again."""
     method = "emloc" if config.method == "all" else config.method
     knobs = ["ratio"] if method == "emloc" else []
     knobs += ["batch_size", "length"] + ([] if method == "inference" else ["chunk"])
     found = {knob: largest(planner, [method], setting, budget, knob) for knob in knobs}
     if method not in ("inference", "lsp"):
-        faster = setting.replace(remat=False)
-        found["remat"] = faster if planner.plan([method], faster).fits(budget) else None
+        found["remat"] = _fastest(planner, method, setting, budget)
     return found
+
+
+def _fastest(planner: Planner, method: str, setting: Setting, budget: Budget) -> Setting | None:
+    policies: tuple[Policy, ...] = ("none", "dots", "block")  # by what is computed twice
+    for policy in policies:
+        candidate = setting.replace(remat=policy)
+        if planner.plan([method], candidate).fits(budget):
+            return candidate
+    return None
 
 
 def _table(plan: Plan, budget: Budget) -> Table:
@@ -196,8 +205,6 @@ def _search_table(found: dict[str, Setting | None], method: str, budget: Budget)
 
 
 def _value(knob: str, setting: Setting | None) -> str:
-    if knob == "remat":
-        return "true" if setting is None else "false"
     if setting is None:
         return "nothing fits"
     if knob == "batch_size":

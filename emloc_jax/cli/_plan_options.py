@@ -54,7 +54,9 @@ class PlanConfig:
     lora_rank: int = option(8, "rank of the adapters")
     lora_where: list[str] = option(["layers/.*"], "kernels that get an adapter")
     chunk: int = option(256, "tokens whose logits live at once")
-    remat: bool = option(True, "recompute each block in the backward pass")
+    remat: Literal["none", "block", "dots"] = option(
+        "block", "what the backward pass computes again, see model.remat of finetune"
+    )
     weighting: Literal["two_sided", "one_sided"] = option(
         "two_sided", "what calibration measures, see emulator.weighting of finetune"
     )

@@ -7,13 +7,14 @@ import jax
 
 from emloc_jax._files import check_new
 from emloc_jax.checkpoints import load_adapter, load_emulator, save_adapter
+from emloc_jax.cli._budget import correct_setting, emulate_setting, keep_budget
 from emloc_jax.cli._checks import check_correction, check_emulation, check_emulator_options
 from emloc_jax.cli._console import results, say
 from emloc_jax.cli._data import calibration_batches, load_rows
 from emloc_jax.cli._options import CorrectConfig, EmulateConfig
 from emloc_jax.cli._original import open_original
 from emloc_jax.cli._run import write_json
-from emloc_jax.cli._session import Session, open_session
+from emloc_jax.cli._session import Session, load_parameters, open_session
 from emloc_jax.cli._stages import calibrate_session, emulate, stream_emulate, write_emulator
 from emloc_jax.cli._stream import wants_stream
 from emloc_jax.errors import ConfigError
@@ -37,7 +38,7 @@ def run_emulate(config: EmulateConfig, *, resume: bool = False) -> None:
             "--resume goes on with an emulator that is built a block at a time. Give stream=true, "
             "or leave --resume out."
         )
-    session = open_session(config.model, abstract=streamed)
+    session = open_session(config.model, abstract=True)
     check_emulation(session, config.emulator)
     data = load_rows(session, config.data.train, config.data)
     calibration = calibration_batches(
@@ -47,6 +48,11 @@ def run_emulate(config: EmulateConfig, *, resume: bool = False) -> None:
         batch_size=config.emulator.calibration_batch,
         seed=config.seed,
     )
+    if config.memory_budget is not None:
+        planned = emulate_setting(config, session, data, stream=streamed)
+        keep_budget(session, config.memory_budget, *planned)
+    if not streamed:
+        session = load_parameters(session, config.model)
     output = Path(config.output)
     if streamed:
         report = stream_emulate(
@@ -72,11 +78,17 @@ def run_correct(config: CorrectConfig) -> None:
     check_new(config.output)
     check_new(f"{Path(config.output)}.correction.json")
     streamed = wants_stream(config.stream, config.model)
-    session = open_session(config.model, abstract=streamed)
+    session = open_session(config.model, abstract=True)
     adapters = load_adapter(config.adapter, session.base)
     choosing, weights = _calibration(session, config)
+    if config.memory_budget is not None:
+        shapes = load_emulator(config.emulator, session.base, abstract=True)
+        batches = [*choosing, *(weights or [])]
+        planned = correct_setting(config, session, adapters, shapes, batches, stream=streamed)
+        keep_budget(session, config.memory_budget, *planned)
     emulator = None
     if not streamed:
+        session = load_parameters(session, config.model)
         emulator = jax.device_put(load_emulator(config.emulator, session.base))
     done = open_original(session, activations=config.activations).correct(
         adapters, emulator, Path(config.emulator), config.correct, choosing, weights

@@ -11,10 +11,11 @@ from emloc_jax.checkpoints import (
     save_adapter,
     save_orbax,
 )
+from emloc_jax.cli._budget import keep_budget, merge_setting
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._options import ExportConfig, MergeConfig
 from emloc_jax.cli._original import open_original
-from emloc_jax.cli._session import Session, open_session
+from emloc_jax.cli._session import Session, load_parameters, open_session
 from emloc_jax.cli._stream import wants_stream
 from emloc_jax.errors import ConfigError
 
@@ -36,8 +37,11 @@ def run_merge(config: MergeConfig, *, resume: bool = False) -> None:
             "--resume goes on with a model that is written a tensor at a time. Give stream=true, "
             "or leave --resume out."
         )
-    session = open_session(config.model, abstract=streamed)
+    session = open_session(config.model, abstract=True)
     adapters = load_adapter(config.adapter, session.base)
+    keep_budget(session, config.memory_budget, *merge_setting(adapters, stream=streamed))
+    if not streamed:
+        session = load_parameters(session, config.model)
     open_original(session).write_merged(Path(config.output), adapters, resume=resume)
     say(f"The merged model is in {config.output}.")
 

@@ -36,6 +36,7 @@ from emloc_jax.memory._plan import Planner as Planner
 from emloc_jax.memory._probes import examine as examine
 from emloc_jax.memory._search import KNOBS as KNOBS
 from emloc_jax.memory._search import largest as largest
+from emloc_jax.memory._setting import Policy as Policy
 from emloc_jax.memory._setting import Setting as Setting
 from emloc_jax.memory._stage import Program as Program
 from emloc_jax.memory._stage import Stage as Stage

@@ -7,7 +7,7 @@ from emloc_jax.errors import PlanError
 from emloc_jax.memory._methods import stages_of
 from emloc_jax.memory._plan import Budget, Plan, Planner
 from emloc_jax.memory._search import largest
-from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._setting import Policy, Setting
 
 __all__ = ["nearest", "require_fits", "smallest"]
 
@@ -69,6 +69,8 @@ def nearest(
     slower), smaller micro-batches (the same numbers up to rounding), a lower ratio where an
     emulator is planned, fewer rows, shorter rows.
     """
+    if not planner.plan(methods, smallest(setting, methods)).fits(budget):
+        return None
     for candidate in _equivalent(setting, _fields(methods)):
         setting = candidate
         if planner.plan(methods, setting).fits(budget):
@@ -116,8 +118,9 @@ def _equivalent(setting: Setting, fields: set[str]) -> Iterator[Setting]:
         yield setting
     setting = setting.replace(chunk=min(setting.chunk, _SMALL_CHUNK))
     yield setting
-    if not setting.remat:
-        setting = setting.replace(remat=True)
+    policies: tuple[Policy, ...] = ("none", "dots", "block")  # the one that keeps least last
+    for policy in policies[policies.index(setting.remat) + 1 :]:
+        setting = setting.replace(remat=policy)
         yield setting
     for parts in range(setting.accumulation + 1, setting.batch_size + 1):
         if setting.batch_size % parts == 0:

@@ -11,6 +11,8 @@ from emloc_jax.memory._emloc_stages import (
     evaluation,
     factorization,
     merging,
+    polishing,
+    single_merging,
 )
 from emloc_jax.memory._evaluation_stages import full_evaluation, lora_evaluation
 from emloc_jax.memory._lsp_stage import lsp_training
@@ -34,7 +36,22 @@ _METHODS: dict[str, tuple[StageMaker, ...]] = {
     "streamed_lora": (streamed_lora_training, streamed_lora_evaluation, streamed_lora_merging),
     "full": (full_training, full_evaluation),
     "lsp": (lsp_training,),
-    "emloc": (calibration, factorization, emulator_training, correction, evaluation, merging),
+    "emloc": (
+        calibration,
+        factorization,
+        emulator_training,
+        correction,
+        polishing,
+        evaluation,
+        merging,
+    ),
+}
+
+# Commands that are a part of a run; they can be planned, but are no method.
+_PARTS: dict[str, tuple[StageMaker, ...]] = {
+    "emulate": (calibration, factorization),
+    "correct": (correction,),
+    "merge": (single_merging,),
 }
 
 
@@ -55,11 +72,12 @@ def register_method(name: str, makers: Sequence[StageMaker]) -> None:
 
 
 def stages_of(method: str) -> tuple[StageMaker, ...]:
-    """What makes the stages of a method.
+    """What makes the stages of a method, or of a command that is a part of one.
 
     Raises:
       ConfigError: an unknown method.
     """
-    if method not in _METHODS:
-        raise ConfigError(f"method='{method}' cannot be planned; known are {', '.join(_METHODS)}.")
-    return _METHODS[method]
+    known = _METHODS | _PARTS
+    if method not in known:
+        raise ConfigError(f"method='{method}' cannot be planned; known are {', '.join(known)}.")
+    return known[method]

@@ -80,8 +80,11 @@ def largest(
 
     def excess(maker: StageMaker) -> Callable[[int], int]:
         return lambda index: max(
-            budget.excess(device=stage.device, host=sum(stage.host.values()))
-            for stage in planner.stages(maker, move(setting, index))
+            (
+                budget.excess(device=stage.device, host=sum(stage.host.values()))
+                for stage in planner.stages(maker, move(setting, index))
+            ),
+            default=-1,  # a stage that this run does not have
         )
 
     makers = [maker for method in methods for maker in stages_of(method)]

@@ -8,7 +8,9 @@ import numpy as np
 
 from emloc_jax.errors import ConfigError
 
-__all__ = ["Setting"]
+__all__ = ["Policy", "Setting"]
+
+Policy = Literal["none", "block", "dots"]
 
 Place = Literal["device", "host", "pinned_host"]
 
@@ -25,7 +27,8 @@ class Setting:
       lora_where: of the kernels that get an adapter.
       lora_rank: of the adapters.
       chunk: tokens whose logits live at once.
-      remat: whether blocks are computed again in the backward pass.
+      remat: what the backward pass computes again: none, block (from its input), or dots (all but
+        matrix products).
       accumulation: micro-batches per step.
       calibration_rows: that calibrate, and that choose the correction's limit.
       calibration_batch: of them at a time on the device.
@@ -34,12 +37,14 @@ class Setting:
       nnz: of its projectors.
       stream: whether the original is read a block at a time by every stage that needs it, so that
         training holds the emulator alone; else it stays on the device throughout, as `finetune`
-        keeps it, with the second moments that were measured.
+        keeps it.
       block_inputs: where streamed LoRA keeps the blocks' inputs: device, host or pinned_host.
       activations: bytes of activations that streamed stages may keep on the host; the rest goes to
         files. None: no limit.
       choose_limit: whether the correction's limit is the one with the lowest loss on the
         calibration rows.
+      weighted: whether second moments weigh the correction, so that they are kept until then.
+      polish: whether steps of LoRA on the original follow the correction.
       eval_rows: test rows whose loss is taken; 0: no evaluation.
       eval_batch: of them at a time.
 
@@ -54,7 +59,7 @@ class Setting:
     lora_where: tuple[str, ...] = ("layers/.*",)
     lora_rank: int = 8
     chunk: int = 256
-    remat: bool = True
+    remat: Policy = "block"
     accumulation: int = 1
     calibration_rows: int = 128
     calibration_batch: int = 1
@@ -65,6 +70,8 @@ class Setting:
     block_inputs: Place = "device"
     activations: int | None = None
     choose_limit: bool = True
+    weighted: bool = False
+    polish: bool = False
     eval_rows: int = 0
     eval_batch: int = 16
 
@@ -74,6 +81,8 @@ class Setting:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.calibration_rows < 1 or self.calibration_batch < 1:
             raise ConfigError("Calibration takes at least one row, and one at a time.")
+        if self.remat not in get_args(Policy):
+            raise ConfigError(f"remat={self.remat}; it is one of {', '.join(get_args(Policy))}.")
         if self.eval_rows < 0 or self.eval_batch < 1:
             raise ConfigError("Evaluation takes no fewer than 0 rows, and at least one at a time.")
         if self.block_inputs not in get_args(Place):
@@ -113,7 +122,8 @@ class Setting:
 
     def __str__(self):
         parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
+        inputs = "" if self.block_inputs == "device" else f", block_inputs={self.block_inputs}"
         return (
             f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
-            f"chunk={self.chunk}, remat={str(self.remat).lower()}, stream={str(self.stream).lower()}"
+            f"chunk={self.chunk}, remat={self.remat}, stream={str(self.stream).lower()}{inputs}"
         )

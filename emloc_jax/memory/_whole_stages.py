@@ -1,7 +1,7 @@
 """Stages of a run that keeps the whole original on the device: what `finetune` does in memory.
 
-It stays there from the first stage to the last, and so do the second moments of all kernels, once
-they are measured, and the emulator.
+It stays there from the first stage to the last, and so does the emulator, once it is made. The
+second moments of all kernels go when the factors are there, unless they weigh the correction.
 """
 
 from collections.abc import Iterator
@@ -135,7 +135,10 @@ def kept_with_emulator(abstract: AbstractModel, setting: Setting) -> dict[str, i
     """
     leaves = flatten_leaves(abstract_emulator(abstract, setting)).values()
     factors = [leaf for leaf in leaves if isinstance(leaf, LowRankKernel)]
-    return {"emulator": tree_bytes(factors), "moments": _moment_bytes(_taps(abstract, setting))}
+    kept = {"emulator": tree_bytes(factors)}
+    if setting.weighted:
+        kept["moments"] = _moment_bytes(_taps(abstract, setting))
+    return kept
 
 
 def _errors(

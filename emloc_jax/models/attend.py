@@ -86,7 +86,9 @@ def _by_queries(
     count = -(-length // _QUERIES)
     short = count * _QUERIES - length
     queries = jnp.pad(queries, ((0, 0), (0, short), (0, 0), (0, 0)))
-    if mask is not None:  # what the queries that fill up see does not matter, but they see something
+    if (
+        mask is not None
+    ):  # what the queries that fill up see does not matter, but they see something
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys.shape[1]))
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, short), (0, 0)), constant_values=True)
     places = jnp.arange(keys.shape[1])
