@@ -89,6 +89,7 @@ def stream_emulate(
             budget=None if options.budget is None else parse_bytes(options.budget),
             skip=options.skip,
             weighting=options.weighting,
+            moments=options.moments,
             rules=dataclasses.asdict(options),
             seed=config.seed,
             activations=parse_bytes(config.activations),

@@ -182,7 +182,7 @@ def _entry(
     right = peel(box.right).reshape(*stack, rank, spec.d_out)
     errors = [
         error_squares(
-            kernel[layer], left[layer], right[layer], None if moment is None else moment[layer]
+            kernel[layer], left[layer], right[layer], jax.tree.map(lambda a: a[layer], moment)
         )
         for layer in np.ndindex(stack)
     ]

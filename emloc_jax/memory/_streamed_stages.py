@@ -15,7 +15,13 @@ import numpy as np
 
 from emloc_jax._compiling import loop_options
 from emloc_jax.adapters import apply_bound, correction_terms, merged_kernel
-from emloc_jax.emulator import Taps, calibration_step, factorize
+from emloc_jax.emulator import (
+    CompactMoment,
+    Taps,
+    calibration_step,
+    compact_sides,
+    factorize,
+)
 from emloc_jax.kernels import KernelSpec, find_kernels, flatten_leaves, intercept
 from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator, compressed
 from emloc_jax.memory._abstract_model import AbstractModel
@@ -83,10 +89,12 @@ def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> 
     """Factoring one kernel of one layer at a time, with its moments."""
     programs = {}
     ranks = compressed(abstract, setting)
+    sides = compact_sides({path: abstract.kernels[path] for path in ranks}, "auto")
     for path, spec in _kinds(abstract, ranks).items():
-        kernel = jax.ShapeDtypeStruct((spec.d_in, spec.d_out), jnp.float32)
-        moment = jax.ShapeDtypeStruct((spec.d_in, spec.d_in), jnp.float32)
-        gradient = jax.ShapeDtypeStruct((spec.d_out, spec.d_out), jnp.float32)
+        d_in, d_out = spec.d_in, spec.d_out
+        kernel = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+        moment = _moment_of(d_in, d_out, path in sides.inputs)
+        gradient = _moment_of(d_out, d_in, path in sides.gradients)
         run = jax.jit(functools.partial(factorize, max_rank=ranks[path]))
         given = (kernel, moment, gradient) if setting.gradients else (kernel, moment)
         arguments = {"parameters": tree_bytes(kernel), "moments": tree_bytes(given[1:])}
@@ -189,6 +197,14 @@ def _moments(
     given = {"x": x, "context": context, "g": x, "segments": segments}
     arguments = {"moments": tree_bytes(sums)}
     return Program(target.lower(step, block, sums, given), arguments)
+
+
+def _moment_of(own: int, other: int, compact: bool) -> Any:
+    """A second moment of the side `own` of a kernel."""
+    if not compact:
+        return jax.ShapeDtypeStruct((own, own), jnp.float32)
+    through = jax.ShapeDtypeStruct((other, other), jnp.float32)
+    return CompactMoment(through, jax.ShapeDtypeStruct((own,), jnp.float32))  # pyright: ignore[reportArgumentType]
 
 
 def _kinds(abstract: AbstractModel, paths: Any) -> dict[str, KernelSpec]:
