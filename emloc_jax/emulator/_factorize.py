@@ -29,8 +29,8 @@ ONE_SIDED_DAMPING = 1e-7
 TWO_SIDED_DAMPING = 1e-3
 
 _SMALL_SIDE = (
-    "A compact {1} serves the larger side of a kernel only, but the {0} side of this one (d_in={2}, "
-    "d_out={3}) is not. Calibrate with moments='full', or on the kernel that is factored."
+    "A compact {1} serves the larger side of a kernel only, but the {0} side of this one "
+    "(d_in={2}, d_out={3}) is not. Calibrate with moments='full', or on this very kernel."
 )
 
 

@@ -80,7 +80,7 @@ def merge_moments(
 
 
 def moment_arrays(moment: SecondMoment) -> dict[str, jax.Array]:
-    """The arrays of a second moment by name: `sum`, `count`, `gradient`, or `sum.through` and so on.
+    """The arrays of a second moment by name: `sum`, `count`, `gradient`, or `sum.through` etc.
 
     Example:
       >>> import jax.numpy as jnp

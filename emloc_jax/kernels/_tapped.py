@@ -163,7 +163,7 @@ def tap_gradient(rows: jax.Array, tap: TappedKernel, where: str) -> jax.Array:
     if tap.gradient is None and tap.gradient_through is None:
         return rows
     weights = _token_weights(tap.mask, rows.shape[:-1], where)
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat: Any = rows.reshape(-1, rows.shape[-1])
     if tap.gradient is not None:
         flat = _with_gradient_moment(flat, tap.gradient, weights)
     if tap.gradient_through is not None:
