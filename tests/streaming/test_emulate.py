@@ -41,6 +41,9 @@ CASES = {
     "plain": dict(weighting="plain", ratios=0.5, where=MLP),
     "energy": dict(weighting="one_sided", energy=0.8, where=MLP),
     "budget": dict(weighting="two_sided", budget=6000, where=MLP, skip=".*/gate_proj"),
+    "compact": dict(weighting="two_sided", ratios=0.5, moments="compact"),
+    "compact_one_sided": dict(weighting="one_sided", ratios=0.25, where=MLP, moments="compact"),
+    "compact_budget": dict(weighting="two_sided", budget=6000, where=MLP, moments="compact"),
 }
 
 
@@ -120,6 +123,8 @@ def test_a_full_disk_stops_it_and_it_goes_on(tmp_path, model_folder, monkeypatch
         stream(out, model_folder, case, where=MLP)
     with pytest.raises(ResumeError, match=r"damping: None -> 0\.1"):
         stream(out, model_folder, case, where=MLP, damping=0.1, resume=True)
+    with pytest.raises(ResumeError, match="moments: auto -> full"):
+        stream(out, model_folder, case, where=MLP, moments="full", resume=True)
     with pytest.raises(ResumeError, match=r"data: .* -> "):
         stream(out, model_folder, case, where=MLP, data=batches()[:1], resume=True)
     read, blocks = CheckpointBlocks.block, []
@@ -159,6 +164,8 @@ def test_refusals_before_anything_is_written(tmp_path, model_folder):
         stream(out, model_folder, "plain", energy=0.5)
     with pytest.raises(NoTokensError, match="no batch"):
         stream(out, model_folder, "one_sided", data=[])
+    with pytest.raises(ConfigError, match="moments='most' is none of"):
+        stream(out, model_folder, "one_sided", moments="most")
     with pytest.raises(ConfigError, match="no kernel to compress"):
         stream_emulator(out, base, batches(), kernels={}, ratios=0.5)
     (tmp_path / "there").mkdir()
