@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from emloc_jax.checkpoints import CheckpointBlocks, load_emulator
+from emloc_jax.emulator import CompactMoment
 from emloc_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -73,7 +74,9 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_same_bytes_as_in_memory(tmp_path, model_folder, case):
     data = batches() if case == "one_sided" else batches()[:2]  # the last is of another shape
-    in_memory(tmp_path / "whole", opened(model_folder), data, **CASES[case])
+    moments, _ = in_memory(tmp_path / "whole", opened(model_folder), data, **CASES[case])
+    compact = [m for m in (moments or {}).values() if isinstance(m.sum, CompactMoment)]
+    assert bool(compact) == case.startswith("compact")
     stream(tmp_path / "streamed", model_folder, case, data=data, activations=2000)
     assert not same_folder(tmp_path / "whole", tmp_path / "streamed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
