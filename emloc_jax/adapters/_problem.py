@@ -19,7 +19,7 @@ __all__ = ["HasSum", "Problem", "problems"]
 
 
 class HasSum(Protocol):
-    """A second moment: anything with `sum` (*stack, d_in, d_in), such as a `SecondMoment`."""
+    """A second moment: anything with `sum` (*stack, d_in, d_in), such as a full `SecondMoment`."""
 
     @property
     def sum(self) -> Any:

@@ -44,14 +44,15 @@ def calibrate(
       mask: `mask(batch)` gives a boolean array with the token axes of the inputs; tokens where it
         is false are not counted. None counts every token.
       gradients: measure output gradients as well, by a backward pass with frozen weights.
-      moments: `full` keeps `(d_in, d_in)` and `(d_out, d_out)` of every kernel. `compact` keeps of
-        the larger side only what factoring that kernel needs, a `CompactMoment` of about the size
-        of the smaller side squared. The factors are the same up to rounding: their error is within
-        1.001 of the optimum while the optimal relative error is above about 5e-3 (see `factorize`).
-        The calibration-weighted correction needs full input moments, and compact ones serve no
-        other kernel. `auto` is compact for sides wider than 4096, where a full moment takes more
-        than 64 MiB, and full elsewhere. Kernels that read one input are compact together, or share
-        one full sum if one of them needs it or that is smaller.
+      moments: `full` keeps `(d_in, d_in)` and `(d_out, d_out)` of every kernel (leave heads with a
+        large vocabulary out of `kernels` then). `compact` keeps of the larger side only what
+        factoring that kernel needs, a `CompactMoment` of about the size of the smaller side
+        squared. The factors are the same up to rounding: their error is within 1.001 of the optimum
+        while the optimal relative error is above about 5e-3 (see `factorize`). The
+        calibration-weighted correction needs full input moments, and compact ones serve no other
+        kernel. `auto` is compact for sides wider than 4096, where a full moment takes more than
+        64 MiB, and full elsewhere. Kernels that read one input are compact together, or share one
+        full sum if one of them needs it or that is smaller.
       include_tied: measure tied embeddings too, in their role as head.
       on_batch: called with the number of batches done, for a progress bar.
 

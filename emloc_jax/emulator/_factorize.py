@@ -52,7 +52,7 @@ def factorize(
     is above about 5e-3 for any moments, and above 5e-4 where large features are single coordinates
     of the input, as they are in language models. Below, an fp32 `moment` itself is too coarse. Of
     compact moments only the first bound holds: a large feature, once it went through the kernel, is
-    no single coordinate any more.
+    no single coordinate any more. One-sided, at an optimum of 1e-3, they end about 5 % above it.
 
     Args:
       kernel: `(*stack, d_in, d_out)`.

@@ -143,15 +143,12 @@ class Taps:
     def _moment(
         self, path: str, own: dict[str, jax.Array], shared: dict[str, jax.Array]
     ) -> SecondMoment:
-        inputs = gradient = None
+        inputs, gradient = shared.get("moment"), own.get("gradient")
         if path in self.compact.inputs:
             inputs = CompactMoment(own["through"], shared["diagonal"])
-        else:
-            inputs = shared["moment"]
         if "gradient_through" in own:
             gradient = CompactMoment(own["gradient_through"], own["gradient_diagonal"])
-        else:
-            gradient = own.get("gradient")
+        assert inputs is not None
         return SecondMoment(inputs, shared["count"], gradient)
 
 
