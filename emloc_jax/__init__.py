@@ -22,6 +22,7 @@ from emloc_jax.checkpoints import load_pretrained as load_pretrained
 from emloc_jax.checkpoints import save_adapter as save_adapter
 from emloc_jax.checkpoints import save_emulator as save_emulator
 from emloc_jax.checkpoints import save_pretrained as save_pretrained
+from emloc_jax.emulator import CompactMoment as CompactMoment
 from emloc_jax.emulator import CompressionReport as CompressionReport
 from emloc_jax.emulator import SecondMoment as SecondMoment
 from emloc_jax.emulator import calibrate as calibrate

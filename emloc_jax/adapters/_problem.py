@@ -19,7 +19,7 @@ __all__ = ["HasSum", "Problem", "problems"]
 
 
 class HasSum(Protocol):
-    """A second moment: anything with `sum` (*stack, d_in, d_in), such as a `SecondMoment`."""
+    """A second moment: anything with `sum` (*stack, d_in, d_in), such as a full `SecondMoment`."""
 
     @property
     def sum(self) -> Any:
@@ -83,7 +83,7 @@ def problems(
     Raises:
       AdapterMismatchError: an adapter was corrected already, is missing a kernel on either side,
         or differs in shape; or a leaf is boxed where a plain kernel is needed.
-      MomentShapeError: `moments` lacks a kernel or has another shape.
+      MomentShapeError: `moments` lacks a kernel, has another shape, or is compact.
     """
     done = [path for path, adapter in adapters.items() if adapter.corrected]
     if done:
@@ -131,6 +131,12 @@ def _moment(path: str, adapter: Adapter, moments: Mapping[str, HasSum]) -> Any:
             "has none. Calibrate every adapted kernel, or pass `moments=None` for the plain form."
         )
     moment = moments[path].sum
+    if hasattr(moment, "through"):
+        raise MomentShapeError(
+            f"The second moment of '{path}' is compact: it serves to factor that kernel, but the "
+            "calibration-weighted correction needs it in full. Calibrate with moments='full', or "
+            "pass `moments=None` for the plain form."
+        )
     d_in = math.prod(adapter.in_shape)
     expected = (*adapter.stack_shape, d_in, d_in)
     if tuple(moment.shape) != expected:

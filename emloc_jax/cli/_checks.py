@@ -29,6 +29,7 @@ __all__ = [
     "check_emulation",
     "check_emulator_options",
     "check_method",
+    "check_moments",
     "check_scores",
     "check_training",
     "compressed_paths",
@@ -69,6 +70,19 @@ def check_emulator_options(options: EmulatorOptions) -> None:
         )
     if options.calibration_rows < 1 or options.calibration_batch < 1:
         raise ConfigError("emulator.calibration_rows and calibration_batch must be at least 1.")
+
+
+def check_moments(emulator: EmulatorOptions, correct: CorrectionOptions) -> None:
+    """Refuses moments that cannot weigh the correction.
+
+    Raises:
+      ConfigError: compact moments, and a weighted correction.
+    """
+    if correct.weighted and emulator.moments == "compact":
+        raise ConfigError(
+            "correct.weighted=true needs second moments of inputs in full, but emulator.moments is "
+            "compact. Use emulator.moments=auto or full, or correct.weighted=false."
+        )
 
 
 def check_emulation(session: Session, options: EmulatorOptions) -> None:

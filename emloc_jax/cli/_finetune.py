@@ -18,6 +18,7 @@ from emloc_jax.cli._checks import (
     check_emulation,
     check_emulator_options,
     check_method,
+    check_moments,
     check_scores,
     check_training,
     compressed_paths,
@@ -98,6 +99,7 @@ def finetune(
     if config.method == "emloc":
         check_emulator_options(config.emulator)
         check_correction(config.correct)
+        check_moments(config.emulator, config.correct)
     check_polish(config.polish, config.method)
     streamed = finetune_streams(config)
     session = open_session(
@@ -304,7 +306,9 @@ class _Job:
         if moments is None and (not finished or config.correct.weighted):
             began = time.perf_counter()
             with self.ledger.stage("calibration"):
-                moments = calibrate_session(session, calibration, config.emulator)
+                moments = calibrate_session(
+                    session, calibration, config.emulator, full=config.correct.weighted
+                )
                 if moments is None and config.correct.weighted:  # plain SVD, weighted correction
                     paths = compressed_paths(session, config.emulator)
                     moments = input_moments(session, calibration, paths)

@@ -118,6 +118,9 @@ class EmulatorOptions:
     weighting: Literal["two_sided", "one_sided", "plain"] = option(
         "two_sided", "inputs and output gradients, inputs alone (the paper), or plain SVD"
     )
+    moments: Literal["auto", "full", "compact"] = option(
+        "auto", "second moments: full, compact (less memory), or compact beyond a width of 4096"
+    )
     calibration_rows: int = option(128, "training rows that calibrate")
     calibration_batch: int = option(8, "rows per calibration batch")
     save_moments: bool = option(False, "keep second moments, so another ratio is quick")

@@ -27,6 +27,7 @@ from emloc_jax.cli._options import (
 from emloc_jax.cli._session import Session
 from emloc_jax.emulator import (
     CompressionReport,
+    MomentForm,
     SecondMoment,
     calibrate,
     compress,
@@ -72,15 +73,23 @@ Batch = Mapping[str, np.ndarray]
 
 
 def calibrate_session(
-    session: Session, batches: Sequence[Batch], options: EmulatorOptions
+    session: Session, batches: Sequence[Batch], options: EmulatorOptions, *, full: bool = False
 ) -> Moments | None:
-    """Second moments of the kernels to compress; None when plain SVD needs none."""
+    """Second moments of the kernels to compress; None when plain SVD needs none.
+
+    Args:
+      session: the model.
+      batches: what it runs on.
+      options: what is measured, and in which form.
+      full: the moments must be full whatever the options say, for a weighted correction.
+    """
+    form: MomentForm = "full" if full else options.moments
     paths = compressed_paths(session, options)
     match options.weighting:
         case "plain":
             return None
         case "one_sided":
-            return input_moments(session, batches, paths)
+            return input_moments(session, batches, paths, form=form)
     with tick("Calibrating", len(batches)) as move:
         return calibrate(
             lambda variables, batch: session.loss(variables["params"], batch)[0],
@@ -89,12 +98,22 @@ def calibrate_session(
             kernels={path: session.kernels[path] for path in paths},
             mask=token_mask,
             gradients=True,
+            moments=form,
             on_batch=move,
         )
 
 
-def input_moments(session: Session, batches: Sequence[Batch], paths: Sequence[str]) -> Moments:
-    """Second moments of the inputs of some kernels of the layers, without gradients."""
+def input_moments(
+    session: Session,
+    batches: Sequence[Batch],
+    paths: Sequence[str],
+    *,
+    form: MomentForm = "full",
+) -> Moments:
+    """Second moments of the inputs of some kernels of the layers, without gradients.
+
+    Full by default, as the weighted correction needs them.
+    """
 
     def hidden(variables: Any, batch: Any) -> jax.Array:
         return session.apply(
@@ -112,6 +131,7 @@ def input_moments(session: Session, batches: Sequence[Batch], paths: Sequence[st
             batches,
             kernels={path: session.kernels[path] for path in paths},
             mask=token_mask,
+            moments=form,
             on_batch=move,
         )
 
@@ -161,6 +181,7 @@ def stream_emulate(
             budget=None if options.budget is None else parse_bytes(options.budget),
             skip=options.skip,
             weighting=options.weighting,
+            moments=options.moments,
             rules=dataclasses.asdict(options),
             seed=seed,
             activations=parse_bytes(activations),

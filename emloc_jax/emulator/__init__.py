@@ -21,8 +21,13 @@ from emloc_jax.emulator._factorizations_file import save_factorizations as save_
 from emloc_jax.emulator._factorize import factorize as factorize
 from emloc_jax.emulator._factorize_kernels import choose_weighting as choose_weighting
 from emloc_jax.emulator._factorize_kernels import factorize_kernels as factorize_kernels
+from emloc_jax.emulator._moment_forms import MomentForm as MomentForm
+from emloc_jax.emulator._moment_forms import compact_sides as compact_sides
+from emloc_jax.emulator._moments import CompactMoment as CompactMoment
 from emloc_jax.emulator._moments import SecondMoment as SecondMoment
 from emloc_jax.emulator._moments import merge_moments as merge_moments
+from emloc_jax.emulator._moments import moment_arrays as moment_arrays
+from emloc_jax.emulator._moments import moment_of_arrays as moment_of_arrays
 from emloc_jax.emulator._moments_file import load_moments as load_moments
 from emloc_jax.emulator._moments_file import save_moments as save_moments
 from emloc_jax.emulator._ranks import break_even_rank as break_even_rank

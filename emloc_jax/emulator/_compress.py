@@ -176,13 +176,17 @@ def _entry(
     if rank is None:
         return kernel_report(spec, None, others=others)
     moment = None if weighting == "plain" or moments is None else moments[spec.path].sum
+    arrays, structure = jax.tree.flatten(moment)
     kernel, box = kernel_matrix(params, spec), get_leaf(emulator, spec.path)
     stack = spec.stack_shape
     left = peel(box.left).reshape(*stack, spec.d_in, rank)
     right = peel(box.right).reshape(*stack, rank, spec.d_out)
     errors = [
         error_squares(
-            kernel[layer], left[layer], right[layer], None if moment is None else moment[layer]
+            kernel[layer],
+            left[layer],
+            right[layer],
+            structure.unflatten([a[layer] for a in arrays]),
         )
         for layer in np.ndindex(stack)
     ]

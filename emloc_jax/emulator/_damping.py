@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from emloc_jax.emulator._moments import CompactMoment
 from emloc_jax.emulator._products import eigh, matmul
 
-__all__ = ["damped", "root"]
+__all__ = ["damped", "damped_through", "root"]
 
 # In units of the machine epsilon, relative to each feature's own energy. The smallest ridge that
 # decides, in fp32, which directions to keep among those that the data never excites: without it
@@ -35,6 +36,25 @@ def damped(moment: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     tie_break = 1 + _TIE_BREAK * jnp.finfo(moment.dtype).eps
     on_diagonal = jnp.eye(moment.shape[0], dtype=bool)
     return jnp.where(on_diagonal, tie_break * moment + damping, moment), scale
+
+
+def damped_through(
+    moment: CompactMoment, kernel: jax.Array, damping: float
+) -> tuple[CompactMoment, jax.Array]:
+    """The same for a compact moment: its `through` becomes `K^T C K` of the damped `C`.
+
+    The ridge is diagonal, so what it adds is exact.
+
+    Args:
+      moment: of the side `d` of the kernel.
+      kernel: `(d, n)`, what the rows went through.
+      damping: see `damped`.
+    """
+    scale = jnp.mean(moment.diagonal)
+    eps = jnp.finfo(moment.through.dtype).eps
+    ridge = _TIE_BREAK * eps * (moment.diagonal / scale) + damping
+    through = moment.through / scale + matmul(kernel.mT * ridge, kernel)
+    return moment.replace(through=through), scale  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def root(moment: jax.Array, damping: float) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

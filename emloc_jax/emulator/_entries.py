@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emloc_jax.emulator._compact_error import compact_square
 from emloc_jax.emulator._factorization import Factorization
+from emloc_jax.emulator._moments import CompactMoment
 from emloc_jax.emulator._products import matmul
 from emloc_jax.emulator._report import KernelReport
 from emloc_jax.kernels import KernelSpec
@@ -17,7 +19,10 @@ __all__ = ["error_squares", "kernel_report"]
 
 @jax.jit
 def error_squares(
-    kernel: jax.Array, left: jax.Array, right: jax.Array, moment: jax.Array | None
+    kernel: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+    moment: jax.Array | CompactMoment | None,
 ) -> jax.Array:
     """`||X (K - K_E)||^2` and `||X K||^2` of one kernel; of `K` itself without a moment.
 
@@ -25,7 +30,7 @@ def error_squares(
       kernel: `(d_in, d_out)`, fp32.
       left: `(d_in, rank)`, as stored.
       right: `(rank, d_out)`, as stored.
-      moment: `(d_in, d_in)` or None.
+      moment: `(d_in, d_in)`, compact (the factors must come from it), or None.
 
     Returns:
       `(2,)` fp32, none negative.
@@ -35,6 +40,10 @@ def error_squares(
       >>> error_squares(jnp.diag(jnp.array([3.0, 2.0])), left, right, None).tolist()
       [4.0, 13.0]
     """
+
+    if isinstance(moment, CompactMoment):
+        lost = compact_square(kernel, left, right, moment)
+        return jnp.maximum(jnp.stack([lost, jnp.trace(moment.through)]), 0)
 
     def square(matrix: jax.Array) -> jax.Array:
         weighted = matrix if moment is None else matmul(moment, matrix)

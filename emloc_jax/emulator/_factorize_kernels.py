@@ -9,7 +9,7 @@ import numpy as np
 
 from emloc_jax.emulator._factorization import Factorization
 from emloc_jax.emulator._factorize import factorize
-from emloc_jax.emulator._moments import SecondMoment
+from emloc_jax.emulator._moments import CompactMoment, SecondMoment, moment_arrays
 from emloc_jax.errors import MomentShapeError, NonFiniteError, NoTokensError
 from emloc_jax.kernels import KernelSpec, get_leaf, materialize, peel
 
@@ -35,7 +35,7 @@ def factorize_kernels(
 
     Args:
       params: parameters of the original model.
-      moments: from `calibrate`; not needed for `weighting="plain"`.
+      moments: from `calibrate`, compact or full; not needed for `weighting="plain"`.
       kernels: which ones, from `find_kernels`.
       weighting: `two_sided` weighs by inputs and output gradients, `one_sided` by inputs (the
         paper), `plain` not at all. None takes the strongest that `moments` allow.
@@ -105,22 +105,33 @@ def _check_moment(
             "it, skip it, or use weighting='plain'."
         )
     moment = moments[path]
-    wanted = {"sum": (*spec.stack_shape, spec.d_in, spec.d_in)}
+    wanted = _shapes("sum", moment.sum, spec, spec.d_in, spec.d_out)
     if weighting == "two_sided":
         if moment.gradient is None:
             raise MomentShapeError(
                 f"Kernel '{path}' has no gradient moment, which weighting='two_sided' needs. "
                 "Calibrate with `gradients=True`, or use weighting='one_sided'."
             )
-        wanted["gradient"] = (*spec.stack_shape, spec.d_out, spec.d_out)
+        wanted |= _shapes("gradient", moment.gradient, spec, spec.d_out, spec.d_in)
+    arrays = moment_arrays(moment)
     for field, shape in wanted.items():
-        found = getattr(moment, field).shape
+        found = arrays[field].shape
         if found != shape:
             raise MomentShapeError(
                 f"The second moment of '{path}' has `{field}` of shape {found}, but its kernel "
                 f"{spec.shape} with d_in={spec.d_in}, d_out={spec.d_out} needs {shape}. Was it "
                 "calibrated on another model?"
             )
+
+
+def _shapes(
+    field: str, moment: jax.Array | CompactMoment, spec: KernelSpec, own: int, other: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes that the arrays of one side must have; `own` is the width of that side."""
+    stack = spec.stack_shape
+    if not isinstance(moment, CompactMoment):
+        return {field: (*stack, own, own)}
+    return {f"{field}.through": (*stack, other, other), f"{field}.diagonal": (*stack, own)}
 
 
 def _check_finite(
@@ -135,16 +146,19 @@ def _check_finite(
         return
     arrays = {"kernel": kernel_matrix(params, spec)}
     if moment is not None:
-        arrays |= {"second moment": moment.sum, "gradient moment": moment.gradient}
-    for name, array in arrays.items():
-        if array is None:
-            continue
+        arrays |= moment_arrays(moment)
+    for field, array in arrays.items():
+        name = "gradient moment" if field.startswith("gradient") else "second moment"
+        name = field if field in ("kernel", "count") else name
         if not jnp.isfinite(array).all():
             raise NonFiniteError(
                 f"The {name} of '{path}' holds NaN or infinity. Check the checkpoint and the "
                 "calibration data."
             )
-        if name != "kernel" and not jnp.trace(array, axis1=-2, axis2=-1).all():
+        if field in ("kernel", "count") or field.endswith(".through"):
+            continue
+        diagonal = array if field.endswith(".diagonal") else jnp.diagonal(array, 0, -2, -1)
+        if not diagonal.sum(-1).all():
             raise NoTokensError(
                 f"The {name} of '{path}' is zero: nothing but zeros passed there in calibration. "
                 "Calibrate on data that uses this kernel, or skip it."

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from emloc_jax.emulator._moments import SecondMoment
+from emloc_jax.emulator._moments import SecondMoment, moment_arrays, moment_of_arrays
 from emloc_jax.emulator._tensor_file import read_tensors, write_tensors
 from emloc_jax.errors import CheckpointError
 
 __all__ = ["load_moments", "save_moments"]
 
 _KIND = "second moments"
-_FIELDS = ("sum", "count", "gradient")
 
 
 def save_moments(path: str | os.PathLike, moments: Mapping[str, SecondMoment]) -> None:
@@ -36,10 +35,7 @@ def save_moments(path: str | os.PathLike, moments: Mapping[str, SecondMoment]) -
     index: dict[str, dict[str, str]] = {}
     for kernel, moment in moments.items():
         index[kernel] = {}
-        for field in _FIELDS:
-            array = getattr(moment, field)
-            if array is None:
-                continue
+        for field, array in moment_arrays(moment).items():
             name = names.setdefault(id(array), f"{kernel}:{field}")
             arrays[name] = array
             index[kernel][field] = name
@@ -56,7 +52,7 @@ def load_moments(path: str | os.PathLike) -> dict[str, SecondMoment]:
     arrays = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
     try:
         return {
-            kernel: SecondMoment(**{field: arrays[name] for field, name in fields.items()})
+            kernel: moment_of_arrays({field: arrays[name] for field, name in fields.items()})
             for kernel, fields in index.items()
         }
     except (KeyError, TypeError, AttributeError) as error:

@@ -27,7 +27,8 @@ class KernelReport:
       rank: of the factors; None for a whole kernel.
       ratio: numbers kept / numbers before.
       calibration_error: `||X (K - K_E)|| / ||X K||` on the calibration inputs, measured with the
-        factors as stored; `||K - K_E|| / ||K||` without calibration. None for a whole kernel.
+        factors as stored; `||K - K_E|| / ||K||` without calibration. With a compact moment what
+        rounding the factors adds is estimated (see `calibrate`). None for a whole kernel.
       weighted_error: the error that was minimised over the norm it was measured in, from the
         spectrum. None for a whole kernel.
       bytes_before, bytes_after: of the arrays.

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from emloc_jax.emulator._moments import SecondMoment
+from emloc_jax.emulator._moment_forms import MomentForm, compact_sides
+from emloc_jax.emulator._moments import CompactMoment, SecondMoment
 from emloc_jax.errors import NonFiniteError, NoTokensError, UnsupportedKernelError
 from emloc_jax.kernels import KernelSpec, TappedKernel, get_leaf, set_leaves
 
@@ -28,15 +29,18 @@ class Taps:
       kernels: what to measure, by path in the parameters that are tapped. Kernels without a handler
         are left out (and logged); so are tied embeddings.
       gradients: measure output gradients as well.
+      moments: which are kept whole and which compact; see `calibrate`.
       include_tied: measure tied embeddings too.
 
     Attributes:
       specs: the kernels that are measured.
       leaders: for each of them, the first that reads the same input and holds its sum.
       gradients: as given.
+      compact: the kernels whose input or gradient moments are compact.
 
     Raises:
       UnsupportedKernelError: `kernels` holds no kernel that can be measured.
+      ConfigError: `moments` is no such form.
 
     Example:
       >>> from flax import linen as nn
@@ -53,10 +57,12 @@ class Taps:
         kernels: Mapping[str, KernelSpec],
         *,
         gradients: bool = False,
+        moments: MomentForm = "auto",
         include_tied: bool = False,
     ):
         self.specs = _measurable(kernels, include_tied)
         self.gradients = gradients
+        self.compact = compact_sides(self.specs, moments)
         first: dict[str, str] = {}
         self.leaders = {p: first.setdefault(spec.input_group, p) for p, spec in self.specs.items()}
 
@@ -65,10 +71,21 @@ class Taps:
         sums: Sums = {}
         for path, spec in self.specs.items():
             stack, d_in, d_out = spec.stack_shape, spec.d_in, spec.d_out
+            own: dict[str, jax.Array] = {}
+            compact = path in self.compact.inputs
             if self.leaders[path] == path:
-                sums[path] = {"moment": jnp.zeros((*stack, d_in, d_in)), "count": jnp.zeros(stack)}
-            if self.gradients:
-                sums.setdefault(path, {})["gradient"] = jnp.zeros((*stack, d_out, d_out))
+                shared = {"diagonal": (d_in,)} if compact else {"moment": (d_in, d_in)}
+                own |= {name: jnp.zeros((*stack, *shape)) for name, shape in shared.items()}
+                own["count"] = jnp.zeros(stack)
+            if compact:
+                own["through"] = jnp.zeros((*stack, d_out, d_out))
+            if self.gradients and path in self.compact.gradients:
+                own["gradient_through"] = jnp.zeros((*stack, d_in, d_in))
+                own["gradient_diagonal"] = jnp.zeros((*stack, d_out))
+            elif self.gradients:
+                own["gradient"] = jnp.zeros((*stack, d_out, d_out))
+            if own:
+                sums[path] = own
         return sums
 
     def attach(self, params: Any, phantoms: Sums, tokens: jax.Array | None) -> Any:
@@ -119,13 +136,20 @@ class Taps:
     def moments(self, sums: Sums) -> dict[str, SecondMoment]:
         """The sums as second moments, by path."""
         return {
-            path: SecondMoment(
-                sum=sums[self.leaders[path]]["moment"],
-                count=sums[self.leaders[path]]["count"],
-                gradient=sums[path].get("gradient") if path in sums else None,
-            )
+            path: self._moment(path, sums.get(path, {}), sums[self.leaders[path]])
             for path in self.specs
         }
+
+    def _moment(
+        self, path: str, own: dict[str, jax.Array], shared: dict[str, jax.Array]
+    ) -> SecondMoment:
+        inputs, gradient = shared.get("moment"), own.get("gradient")
+        if path in self.compact.inputs:
+            inputs = CompactMoment(own["through"], shared["diagonal"])
+        if "gradient_through" in own:
+            gradient = CompactMoment(own["gradient_through"], own["gradient_diagonal"])
+        assert inputs is not None
+        return SecondMoment(inputs, shared["count"], gradient)
 
 
 def _measurable(kernels: Mapping[str, KernelSpec], include_tied: bool) -> dict[str, KernelSpec]:

@@ -1,5 +1,6 @@
 """A kernel that measures what flows through it: second moments as cotangents."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,22 +18,30 @@ __all__ = ["TappedKernel", "tap_gradient", "tap_input"]
 class TappedKernel(Box):
     """Stands for `kernel`, and turns the second moments of its traffic into cotangents.
 
-    `moment`, `count` and `gradient` are phantoms: zeros that take part in nothing. Under
+    All fields between `kernel` and `mask` are phantoms: zeros that take part in nothing. Under
     `jax.grad` of a scalar of the model's output, however, their cotangents are exactly
 
-        moment -> sum x x^T      count -> number of tokens      gradient -> sum g g^T
+        moment   -> sum x x^T        gradient          -> sum g g^T      count -> number of tokens
+        through  -> sum y y^T        gradient_through  -> sum u u^T
+        diagonal -> sum x_i^2        gradient_diagonal -> sum g_i^2
 
     over the tokens where `mask` is true, with `x` the kernel's input row and `g` the gradient of
-    the scalar at its output row; sums in fp32 at the highest matmul precision. The first two do not
-    depend on the scalar, so XLA drops the rest of the backward pass when only they are asked for.
-    A phantom left None is not measured. This works under scan, remat, jit and vmap, and for
-    parameters that a scan broadcasts, where mutable collections do not.
+    the scalar at its output row; `y = x K` (no bias) and `u = g K^T` are computed again in fp32,
+    whatever the module computes in. Sums are in fp32, all products at the highest matmul precision.
+    What is summed of inputs does not depend on the scalar, so XLA drops the rest of the backward
+    pass when only that is asked for. A phantom left None is not measured. This works under scan,
+    remat, jit and vmap, and for parameters that a scan broadcasts, where mutable collections do
+    not.
 
     Attributes:
       kernel: the kernel, an array in the module's layout or another box.
       moment: fp32 `(*stack, d_in, d_in)` or None.
       count: fp32 `(*stack,)` or None.
       gradient: fp32 `(*stack, d_out, d_out)` or None.
+      through: fp32 `(*stack, d_out, d_out)` or None.
+      diagonal: fp32 `(*stack, d_in)` or None.
+      gradient_through: fp32 `(*stack, d_in, d_in)` or None; measured with the next or not at all.
+      gradient_diagonal: fp32 `(*stack, d_out)` or None.
       mask: bool `(*stack, *token axes)` or None for "every token counts".
       layout: axes of the kernel that the module expects (static).
     """
@@ -41,6 +50,10 @@ class TappedKernel(Box):
     moment: jax.Array | None = None
     count: jax.Array | None = None
     gradient: jax.Array | None = None
+    through: jax.Array | None = None
+    diagonal: jax.Array | None = None
+    gradient_through: jax.Array | None = None
+    gradient_diagonal: jax.Array | None = None
     mask: jax.Array | None = None
     layout: Layout = struct.field(pytree_node=False, default=Layout())
 
@@ -80,10 +93,38 @@ def _with_gradient_moment_fwd(rows, phantom, weights):
 
 
 def _with_gradient_moment_bwd(weights, g):
-    return g, _gram(g, weights), None if weights is None else jnp.zeros_like(weights)
+    return g, _gram(_counted(g, weights)), None if weights is None else jnp.zeros_like(weights)
 
 
 _with_gradient_moment.defvjp(_with_gradient_moment_fwd, _with_gradient_moment_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_compact_gradient(
+    layout: Layout,
+    rows: jax.Array,
+    phantoms: tuple[jax.Array, jax.Array],
+    kernel: jax.Array,
+    weights: jax.Array | None,
+) -> jax.Array:
+    """Identity on `rows (n, d)`; the cotangents of `phantoms` are of `g K^T` and of squares."""
+    return rows
+
+
+def _with_compact_gradient_fwd(layout, rows, phantoms, kernel, weights):
+    # The kernel as it is stored: a scan keeps no second copy of what it is given.
+    return rows, (kernel, weights)
+
+
+def _with_compact_gradient_bwd(layout, kept, g):
+    kernel, weights = kept
+    own = _counted(g, weights)
+    back = _product(own, layout.matrix(kernel).mT)
+    nothing = None if weights is None else jnp.zeros_like(weights)
+    return g, (_gram(back), _squares(own)), jnp.zeros_like(kernel), nothing
+
+
+_with_compact_gradient.defvjp(_with_compact_gradient_fwd, _with_compact_gradient_bwd)
 
 
 def tap_input(y: jax.Array, rows: jax.Array, tap: TappedKernel, where: str) -> jax.Array:
@@ -98,12 +139,19 @@ def tap_input(y: jax.Array, rows: jax.Array, tap: TappedKernel, where: str) -> j
     Raises:
       MaskShapeError: the mask does not fit the token axes.
     """
-    if tap.moment is None and tap.count is None:
+    asked = (tap.moment, tap.count, tap.through, tap.diagonal)
+    if all(phantom is None for phantom in asked):
         return y
     weights = _token_weights(tap.mask, rows.shape[:-1], where)
     rows = jax.lax.stop_gradient(rows.reshape(-1, rows.shape[-1]))
+    own = _counted(rows, weights)
     if tap.moment is not None:
-        y = _with_cotangent(y, tap.moment, _gram(rows, weights))
+        y = _with_cotangent(y, tap.moment, _gram(own))
+    if tap.through is not None:
+        kernel = jax.lax.stop_gradient(tap.layout.matrix(tap.unbox()))
+        y = _with_cotangent(y, tap.through, _gram(_product(own, kernel)))
+    if tap.diagonal is not None:
+        y = _with_cotangent(y, tap.diagonal, _squares(own))
     if tap.count is not None:
         total = jnp.float32(rows.shape[0]) if weights is None else weights.sum()
         y = _with_cotangent(y, tap.count, total)
@@ -112,18 +160,36 @@ def tap_input(y: jax.Array, rows: jax.Array, tap: TappedKernel, where: str) -> j
 
 def tap_gradient(rows: jax.Array, tap: TappedKernel, where: str) -> jax.Array:
     """Ties the second moment of the gradient at `rows (*token axes, d_out)` to the rows."""
-    if tap.gradient is None:
+    if tap.gradient is None and tap.gradient_through is None:
         return rows
     weights = _token_weights(tap.mask, rows.shape[:-1], where)
-    flat = rows.reshape(-1, rows.shape[-1])
-    return _with_gradient_moment(flat, tap.gradient, weights).reshape(rows.shape)
+    flat: Any = rows.reshape(-1, rows.shape[-1])
+    if tap.gradient is not None:
+        flat = _with_gradient_moment(flat, tap.gradient, weights)
+    if tap.gradient_through is not None:
+        assert tap.gradient_diagonal is not None, "the two are measured together"
+        phantoms = (tap.gradient_through, tap.gradient_diagonal)
+        kernel = jax.lax.stop_gradient(tap.unbox())
+        flat = _with_compact_gradient(tap.layout, flat, phantoms, kernel, weights)
+    return flat.reshape(rows.shape)
 
 
-def _gram(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """`sum w x x^T` over rows `(n, d)` in fp32; rows of weight zero may hold anything."""
+def _counted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Rows `(n, d)` in fp32, zero where their weight is; such rows may hold anything."""
     rows = rows.astype(jnp.float32)
-    if weights is not None:
-        rows = jnp.where(weights[:, None] > 0, rows, 0.0)
+    return rows if weights is None else jnp.where(weights[:, None] > 0, rows, 0.0)
+
+
+def _product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jnp.matmul(rows, matrix.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def _squares(rows: jax.Array) -> jax.Array:
+    return jnp.sum(rows * rows, axis=0)
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+    """`sum x x^T` over fp32 rows `(n, d)`."""
     return jnp.einsum(
         "ni,nj->ij",
         rows,

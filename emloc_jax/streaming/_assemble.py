@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey
 
 from emloc_jax.checkpoints import (
     CheckpointBlocks,
@@ -166,12 +166,21 @@ def _fingerprint(asked: Emulation, files: list[ArraysFile]) -> str | None:
     samples = []
     for path, spec in asked.kernels.items():
         places = _places(asked, files, path)
-        shapes = {"sum": (spec.d_in, spec.d_in), "count": (), "gradient": (spec.d_out, spec.d_out)}
-        for field, shape in shapes.items():
+        d_in, d_out = spec.d_in, spec.d_out
+        shapes = {
+            "sum": (d_in, d_in),
+            "sum.through": (d_out, d_out),
+            "sum.diagonal": (d_in,),
+            "count": (),
+            "gradient": (d_out, d_out),
+            "gradient.through": (d_in, d_in),
+            "gradient.diagonal": (d_out,),
+        }
+        for field, shape in shapes.items():  # those that were measured
             names = [f"{inner}:{field}:sample" for _, inner in places]
             if names[0] not in places[0][0]:
                 continue
-            name = jax.tree_util.keystr((DictKey(path), GetAttrKey(field)))
+            name = f"{jax.tree_util.keystr((DictKey(path),))}.{field}"
             sample = b"".join(
                 file.read(n).tobytes() for (file, _), n in zip(places, names, strict=True)
             )

@@ -185,7 +185,7 @@ class StreamedCorrection:
                 streamed_model(self._base.model),
                 self._source,
                 self._weights,
-                lambda index: Taps(layers[index].specs) if layers[index].specs else None,
+                lambda index: _full_taps(layers[index].specs),
                 Spill(Path(home), self._activations),
                 finish,
             ).one_sided(0)
@@ -195,6 +195,11 @@ class StreamedCorrection:
         emulated = _nested(path, self._emulator.leaf(path))
         moments = None if moment is None else {path: moment}
         return problems({path: adapter}, original, emulated, moments)[0]
+
+
+def _full_taps(specs: Mapping[str, KernelSpec]) -> Taps | None:
+    """The correction needs input moments in full."""
+    return Taps(specs, moments="full") if specs else None
 
 
 def _nested(path: str, leaf: Any) -> dict[str, Any]:

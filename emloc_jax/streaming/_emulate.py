@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emloc_jax.checkpoints import CheckpointBlocks, Pretrained
-from emloc_jax.emulator import CompressionReport, SecondMoment
+from emloc_jax.emulator import CompressionReport, MomentForm, SecondMoment
 from emloc_jax.kernels import KernelSpec
 from emloc_jax.streaming._arrays_file import ArraysFile, write_arrays
 from emloc_jax.streaming._assemble import assemble, block_ranks, check_space, final_ranks
@@ -32,6 +32,7 @@ def stream_emulator(
     skip: str | Sequence[str] = (),
     weighting: str = "two_sided",
     damping: float | None = None,
+    moments: MomentForm = "auto",
     rules: Any = None,
     seed: int | None = None,
     chunk: int = 256,
@@ -58,6 +59,8 @@ def stream_emulator(
         for `weighting="plain"`.
       kernels: which kernels, from `find_kernels`; all of them in blocks.
       ratios, energy, budget, skip, weighting, damping: see `compress`.
+      moments: `full`, `compact` or `auto`; see `calibrate`. The moments of one block are in memory
+        at a time: for kernels of widths d and m > d two-sided, compact ones take d * d per side.
       rules: what is written down as having decided the ranks, as JSON.
       seed: of the calibration data, written down.
       chunk: tokens whose logits live at once.
@@ -75,6 +78,7 @@ def stream_emulator(
       CheckpointError: the base cannot be read, or the disk is full; finished blocks stay.
       RatioError, UnmatchedRuleError, NoTokensError, NonFiniteError: see `calibrate`, `compress`.
       UnsupportedKernelError: a kernel outside the blocks.
+      ConfigError: an unknown weighting or form of moments, or no kernel.
     """
     asked = emulation(
         base,
@@ -86,6 +90,7 @@ def stream_emulator(
         skip=skip,
         weighting=weighting,
         damping=damping,
+        moments=moments,
         chunk=chunk,
     )
     written = {"rules": rules, "seed": seed}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from emloc_jax.checkpoints import Pretrained, base_fingerprint
-from emloc_jax.emulator import Taps, candidates, ranks_for_rules
+from emloc_jax.emulator import MomentForm, Taps, candidates, compact_sides, ranks_for_rules
 from emloc_jax.errors import ConfigError, NoTokensError, RatioError
 from emloc_jax.kernels import KernelSpec
 from emloc_jax.streaming._layer_kernels import LayerKernels, layer_kernels
@@ -30,6 +30,7 @@ class Emulation:
       batches: of the calibration; none for plain SVD.
       weighting: `two_sided`, `one_sided` or `plain`.
       damping: see `factorize`.
+      moments: see `calibrate`.
       chosen: the kernels that may be compressed, by path.
       others: why the others are not: `(status, reason)` by path; more may be added.
       ranks: by path, if ratios decide; None: they wait for all spectra.
@@ -43,6 +44,7 @@ class Emulation:
     batches: Sequence[Mapping[str, Any]]
     weighting: Any
     damping: float | None
+    moments: MomentForm
     chosen: dict[str, KernelSpec]
     others: dict[str, tuple[str, str]]
     ranks: dict[str, int] | None
@@ -80,7 +82,7 @@ class Emulation:
         specs = self.layers[index].specs
         if self.weighting == "plain" or not specs:
             return None
-        return Taps(specs, gradients=self.weighting == "two_sided")
+        return Taps(specs, gradients=self.weighting == "two_sided", moments=self.moments)
 
 
 def emulation(
@@ -94,12 +96,13 @@ def emulation(
     skip: str | Sequence[str],
     weighting: str,
     damping: float | None,
+    moments: MomentForm,
     chunk: int,
 ) -> Emulation:
     """Checks a request before anything is read; arguments are those of `stream_emulator`.
 
     Raises:
-      ConfigError: an unknown weighting.
+      ConfigError: an unknown weighting, or an unknown form of moments.
       NoTokensError: batches are needed, and there are none.
       RatioError, UnmatchedRuleError: see `compress`.
       UnsupportedKernelError: a kernel outside the blocks.
@@ -117,6 +120,7 @@ def emulation(
         )
     if weighting != "plain" and not len(batches):
         raise NoTokensError("Calibration got no batch at all. Pass at least one batch.")
+    compact_sides({}, moments)  # refuses an unknown form
     chosen, others = candidates(kernels, skip=skip)
     ranks = None
     if ratios is not None:
@@ -132,6 +136,7 @@ def emulation(
         "skip": [skip] if isinstance(skip, str) else list(skip),
         "weighting": weighting,
         "damping": damping,
+        "moments": moments,
         "chunk": chunk,
         "data": None if weighting == "plain" else _digest(batches),
     }
@@ -141,6 +146,7 @@ def emulation(
         batches=() if weighting == "plain" else batches,
         weighting=weighting,
         damping=damping,
+        moments=moments,
         chosen=chosen,
         others=others,
         ranks=ranks,

@@ -9,10 +9,12 @@ import numpy as np
 
 from emloc_jax.checkpoints import stacked_sample
 from emloc_jax.emulator import (
+    CompactMoment,
     Factorization,
     SecondMoment,
     error_squares,
     factorize_kernels,
+    moment_arrays,
     truncate,
 )
 from emloc_jax.kernels import KernelSpec, get_leaf, peel
@@ -22,7 +24,6 @@ from emloc_jax.streaming._layer_kernels import LayerKernels
 __all__ = ["Arrays", "factor_block", "finish_block", "moment_samples"]
 
 Arrays = dict[str, np.ndarray]
-FIELDS = ("sum", "count", "gradient")
 
 
 def factor_block(
@@ -47,7 +48,8 @@ def factor_block(
     Returns:
       By name inside the block: with ranks `NAME:left` and `NAME:right` as an emulator stores them,
       `NAME:squares` and `NAME:errors`. Without, all factors up to the break-even rank in fp32, and
-      `NAME:moment`, once for kernels that share it, for `finish_block`.
+      `NAME:moment`, once for kernels that share it, or `NAME:through` and `NAME:diagonal` of a
+      compact one, for `finish_block`.
 
     Raises:
       MomentShapeError, NoTokensError, NonFiniteError: see `factorize_kernels`.
@@ -73,7 +75,10 @@ def factor_block(
             np.asarray(full.left),
             np.asarray(full.right),
         )
-        if moment is not None:
+        if isinstance(moment, CompactMoment):
+            arrays[f"{name}:through"] = np.asarray(moment.through)
+            arrays[f"{name}:diagonal"] = np.asarray(moment.diagonal)
+        elif moment is not None:
             arrays.setdefault(f"{_holder(spec, layer)}:moment", np.asarray(moment))
     return arrays
 
@@ -99,7 +104,7 @@ def finish_block(
         full = Factorization(left, right, squares, weighting)
         moment = None
         if weighting != "plain":
-            moment = jnp.asarray(kept.read(f"{_holder(spec, layer)}:moment"))
+            moment = _kept_moment(kept, name, _holder(spec, layer))
         arrays[f"{name}:squares"] = np.asarray(squares)
         arrays |= _stored(tree, name, spec, full, ranks[name], moment)
     return arrays
@@ -116,15 +121,13 @@ def moment_samples(
       count: layers in the stack; 1 if they are not stacked.
 
     Returns:
-      `NAME:FIELD:sample` uint8, and `NAME:count`.
+      `NAME:FIELD:sample` uint8 for every field of `moment_arrays`, and `NAME:count`.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, moment in moments.items():
-        for field in FIELDS:
-            value = getattr(moment, field)
-            if value is not None:
-                sample = stacked_sample(np.asarray(value), index, count)
-                arrays[f"{name}:{field}:sample"] = np.frombuffer(sample, np.uint8)
+        for field, value in moment_arrays(moment).items():
+            sample = stacked_sample(np.asarray(value), index, count)
+            arrays[f"{name}:{field}:sample"] = np.frombuffer(sample, np.uint8)
         arrays[f"{name}:count"] = np.asarray(moment.count)
     return arrays
 
@@ -135,7 +138,7 @@ def _stored(
     spec: KernelSpec,
     full: Factorization,
     rank: int,
-    moment: jax.Array | None,
+    moment: jax.Array | CompactMoment | None,
 ) -> Arrays:
     cut = truncate(tree, {spec.path: full}, {spec.path: rank}, kernels={spec.path: spec})
     box = get_leaf(cut, spec.path)
@@ -150,6 +153,13 @@ def _stored(
         f"{name}:right": np.asarray(right),
         f"{name}:errors": np.asarray(errors),
     }
+
+
+def _kept_moment(kept: ArraysFile, name: str, holder: str) -> jax.Array | CompactMoment:
+    if f"{name}:through" in kept:
+        parts = (jnp.asarray(kept.read(f"{name}:{part}")) for part in ("through", "diagonal"))
+        return CompactMoment(*parts)
+    return jnp.asarray(kept.read(f"{holder}:moment"))
 
 
 def _holder(spec: KernelSpec, layer: LayerKernels) -> str:

@@ -31,6 +31,8 @@ def refused(arguments, capsys, folder):
         ("emulator.skip=['layers/w2']", "layers/w2"),
         ("lora.where=['attention']", "attention"),
         ("lora.rank=0", "rank"),
+        ("emulator.moments=some", "some"),
+        ("emulator.moments=compact correct.weighted=true", "emulator.moments is compact"),
         ("correct.limit=lots", "lots"),
         ("correct.limit=-1", "-1"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),

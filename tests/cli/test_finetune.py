@@ -10,6 +10,7 @@ import transformers
 
 from emloc_jax.checkpoints import load_emulator, load_pretrained
 from emloc_jax.cli import main
+from emloc_jax.emulator import _moment_forms
 from emloc_jax.errors import CheckpointError
 
 TOKENS = np.arange(12)[None] + 5
@@ -115,7 +116,9 @@ def test_an_existing_output_is_left_alone(tmp_path, common, capsys):
     assert [path.name for path in run.iterdir()] == ["mine.txt"]
 
 
-def test_options_that_change_the_path(tmp_path, common):
+def test_options_that_change_the_path(tmp_path, common, monkeypatch):
+    # The weighted correction has full moments, whatever the width beyond which `auto` is compact.
+    monkeypatch.setattr(_moment_forms, "AUTO_WIDTH", 1)
     run = tmp_path / "run"
     extra = [
         "emulator.weighting=one_sided", "correct.limit=3", "correct.weighted=true",

@@ -57,7 +57,8 @@ def test_every_stage(home, model_folder, rows_file, emulate, adapter, capsys):
     for stream in ("false", "true"):
         out = home / stream
         how = [model, f"stream={stream}"]
-        assert main(emulate(out / "emulator", f"stream={stream}")) == 0
+        given = [f"stream={stream}", "emulator.moments=compact"]
+        assert main(emulate(out / "emulator", *given)) == 0
         chosen = [f"adapter={adapter}", f"emulator={home / 'false' / 'emulator'}"]
         data = [f"data.train={rows_file}", "calibration.rows=8", "correct.weighted=true"]
         assert main(["correct", *chosen, *data, *how, f"output={out / 'c'}"]) == 0

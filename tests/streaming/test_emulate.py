@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from emloc_jax.checkpoints import CheckpointBlocks, load_emulator
+from emloc_jax.emulator import CompactMoment
 from emloc_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -41,6 +42,9 @@ CASES = {
     "plain": dict(weighting="plain", ratios=0.5, where=MLP),
     "energy": dict(weighting="one_sided", energy=0.8, where=MLP),
     "budget": dict(weighting="two_sided", budget=6000, where=MLP, skip=".*/gate_proj"),
+    "compact": dict(weighting="two_sided", ratios=0.5, moments="compact"),
+    "compact_one_sided": dict(weighting="one_sided", ratios=0.25, where=MLP, moments="compact"),
+    "compact_budget": dict(weighting="two_sided", budget=6000, where=MLP, moments="compact"),
 }
 
 
@@ -70,7 +74,9 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_same_bytes_as_in_memory(tmp_path, model_folder, case):
     data = batches() if case == "one_sided" else batches()[:2]  # the last is of another shape
-    in_memory(tmp_path / "whole", opened(model_folder), data, **CASES[case])
+    moments, _ = in_memory(tmp_path / "whole", opened(model_folder), data, **CASES[case])
+    compact = [m for m in (moments or {}).values() if isinstance(m.sum, CompactMoment)]
+    assert bool(compact) == case.startswith("compact")
     stream(tmp_path / "streamed", model_folder, case, data=data, activations=2000)
     assert not same_folder(tmp_path / "whole", tmp_path / "streamed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
@@ -120,6 +126,8 @@ def test_a_full_disk_stops_it_and_it_goes_on(tmp_path, model_folder, monkeypatch
         stream(out, model_folder, case, where=MLP)
     with pytest.raises(ResumeError, match=r"damping: None -> 0\.1"):
         stream(out, model_folder, case, where=MLP, damping=0.1, resume=True)
+    with pytest.raises(ResumeError, match="moments: auto -> full"):
+        stream(out, model_folder, case, where=MLP, moments="full", resume=True)
     with pytest.raises(ResumeError, match=r"data: .* -> "):
         stream(out, model_folder, case, where=MLP, data=batches()[:1], resume=True)
     read, blocks = CheckpointBlocks.block, []
@@ -159,6 +167,8 @@ def test_refusals_before_anything_is_written(tmp_path, model_folder):
         stream(out, model_folder, "plain", energy=0.5)
     with pytest.raises(NoTokensError, match="no batch"):
         stream(out, model_folder, "one_sided", data=[])
+    with pytest.raises(ConfigError, match="moments='most' is none of"):
+        stream(out, model_folder, "one_sided", moments="most")
     with pytest.raises(ConfigError, match="no kernel to compress"):
         stream_emulator(out, base, batches(), kernels={}, ratios=0.5)
     (tmp_path / "there").mkdir()

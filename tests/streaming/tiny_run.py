@@ -48,7 +48,7 @@ def layer_kernels_of(base, where="layers/.*"):
     return {path: found[path] for path in select(where, found)}
 
 
-def in_memory(folder, base, data, *, weighting, where="layers/.*", **options):
+def in_memory(folder, base, data, *, weighting, where="layers/.*", moments="auto", **options):
     """The emulator folder that the whole model gives."""
     kernels = layer_kernels_of(base, where)
     apply = intercept(base.model.apply)
@@ -58,7 +58,7 @@ def in_memory(folder, base, data, *, weighting, where="layers/.*", **options):
         places = dict(positions=b["positions"], segments=b["segments"])
         return apply(variables, b["tokens"], **places, method="hidden")
 
-    moments = None
+    form, moments = moments, None
     if weighting != "plain":
         gradients = weighting == "two_sided"
         fn = (lambda v, b: loss(v["params"], b)[0]) if gradients else hidden
@@ -69,6 +69,7 @@ def in_memory(folder, base, data, *, weighting, where="layers/.*", **options):
             kernels=kernels,
             mask=lambda b: b["segments"] > 0,
             gradients=gradients,
+            moments=form,
         )
     emulator, report = compress(
         base.params, moments, kernels=kernels, weighting=weighting, **options
