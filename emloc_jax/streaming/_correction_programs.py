@@ -1,4 +1,4 @@
-"""What a streamed correction and merge run, lowered on shapes: one kernel of one layer at a time."""
+"""What a streamed correction and merge run on shapes: one kernel of one layer at a time."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax._program import Program, tree_bytes
