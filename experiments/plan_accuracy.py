@@ -6,8 +6,8 @@ what was resident before; on a CPU it holds what the plan counts on the device a
 `--cap` a third run is put into a control group whose limit is the plan's figure.
 
     export PYTHONPATH=.
-    python experiments/plan_accuracy.py --folder accuracy             # about 15 minutes, 3 GB of disk
-    python experiments/plan_accuracy.py --folder accuracy --cap       # needs root and a control group
+    python experiments/plan_accuracy.py --folder accuracy         # about 15 minutes, 3 GB of disk
+    python experiments/plan_accuracy.py --folder accuracy --cap   # needs root and control groups
     python experiments/plan_accuracy.py --folder accuracy --cases lora emulate
 """
 
@@ -29,7 +29,7 @@ from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax.memory import Planner, Setting, abstract_model
 
 GROUPS = Path("/sys/fs/cgroup/memory")
-SIZES = {"small": ("220MB", 1024), "deep": ("440MB", 1024)}
+SIZES = {"shallow": ("66MB", 1024), "small": ("220MB", 1024), "deep": ("440MB", 1024)}
 ROWS = 4
 SETTING = dict(
     batch_size=1, length=128, ratio=0.5, lora_rank=8, chunk=128, calibration_rows=ROWS,
@@ -48,10 +48,10 @@ CASES = {
     "emulate one-sided": (
         "small", "float32", "emloc", {"gradients": False}, ("calibrate", "factorize"),
     ),
-    "correct": ("small", "float32", "emloc", {}, ("correct",)),
+    "correct": ("small", "float32", "emloc", {}, ("choose limit", "correct")),
     "merge": ("small", "float32", "emloc", {}, ("merge",)),
     "emulate in memory": (
-        "small", "float32", "emloc", {"stream": False}, ("calibrate", "factorize"),
+        "shallow", "float32", "emloc", {"stream": False}, ("calibrate", "factorize"),
     ),
 }  # fmt: skip
 
@@ -65,12 +65,12 @@ def setting_of(name):
 
 
 def predict(name, folder):
-    """The plan's largest stage: device and host."""
+    """The plan's largest stage."""
     _, dtype, method, _, stages = CASES[name]
     abstract = abstract_model(source_of(name, folder), dtype=dtype, compute_dtype=dtype)
     plan = Planner(abstract).plan([method], setting_of(name))
     chosen = [stage for stage in plan.stages if stage.name in stages]
-    return max(chosen, key=lambda stage: stage.device + sum(stage.host.values()))
+    return max(chosen, key=lambda stage: stage.together)
 
 
 def batch_of(setting, rows=None):
@@ -89,12 +89,11 @@ class Case:
     """One case on real arrays; `run` starts with nothing of it in memory."""
 
     def __init__(self, name, folder, home):
+        import jax
         import jax.numpy as jnp
 
         from emloc_jax.checkpoints import load_pretrained
         from emloc_jax.kernels import find_kernels
-
-        import jax
 
         self.name, self.home = name, home
         _, self.dtype, self.method, _, self.stages = CASES[name]
@@ -198,8 +197,7 @@ class Case:
         loss = make_loss(intercept(self.base.model.apply), chunk=self.setting.chunk)
         extra = {} if combine is None else {"combine": combine}
         step = self.once(lambda: make_train_step(loss, tx, schedule=schedule, **extra))
-        state = init_state(trainables, tx)
-        del trainables
+        state = init_state(trainables, tx)  # the caller keeps what it gave, as `finetune` does
         batch = batch_of(self.setting)
         for _ in range(2):
             state, metrics = step(state, frozen, batch)
@@ -213,8 +211,7 @@ class Case:
 
     def emulator(self):
         from emloc_jax.adapters import attach
-        from emloc_jax.memory import abstract_emulator
-        from emloc_jax.memory import AbstractModel
+        from emloc_jax.memory import AbstractModel, abstract_emulator
 
         own = AbstractModel("case", self.base.model, self.base.params, self.kernels)
         params = self.filled(abstract_emulator(own, self.setting))
@@ -247,10 +244,12 @@ class Case:
             schedule=schedule,
         )
         step.programs, step.update = self.once(lambda: (step.programs, step.update))
-        state, source = init_state(self.adapters(), tx), CheckpointBlocks(self.base)
+        adapters, source = self.adapters(), CheckpointBlocks(self.base)
+        state = init_state(adapters, tx)
         for _ in range(2):
             state, metrics = step(state, source, batch_of(self.setting))
             jax.block_until_ready((state, metrics))
+        del adapters
 
     def emulate(self, output=None):
         from emloc_jax.streaming import stream_emulator
@@ -293,7 +292,9 @@ class Case:
         loss = make_loss(intercept(self.base.model.apply), chunk=self.setting.chunk)
         key = jax.random.key(0)
         params = jax.tree.map(
-            lambda leaf: (0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)).block_until_ready(),
+            lambda leaf: (
+                0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+            ).block_until_ready(),
             self.base.params,
         )
         moments = calibrate(
@@ -379,7 +380,7 @@ def main():
     rows = {}
     for name in options.cases:
         stage = predict(name, options.folder)
-        planned = stage.device + sum(stage.host.values())
+        planned = stage.together
         found = launch(name, options)
         measured = found["measured"] if found else 0
         capped = ""

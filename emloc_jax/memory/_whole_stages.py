@@ -23,7 +23,7 @@ from emloc_jax.memory._abstract_emulator import (
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
-from emloc_jax.memory._streamed_stages import largest_tensor
+from emloc_jax.memory._streamed_stages import tensor_written
 from emloc_jax.memory._target import Target
 from emloc_jax.streaming import correction_programs, merge_programs, trial_bytes
 from emloc_jax.training import make_loss
@@ -95,20 +95,20 @@ def whole_factorization(
 
 
 def whole_correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """One layer of one kernel after the other; the losses of all limits, if one is chosen."""
+    """One layer of one kernel after the other; before that, the losses of all limits."""
     adapters = abstract_adapters(abstract, setting)
     emulator = flatten_leaves(abstract_emulator(abstract, setting))
-    _, loss = session_loss(abstract, setting)
-    with target.lowering():
-        programs = correction_programs(adapters, abstract.kernels, emulator)
-        if setting.choose_limit:
+    resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
+    if setting.choose_limit:
+        _, loss = session_loss(abstract, setting)
+        with target.lowering():
             batch = setting.batch(setting.calibration_batch)
             lowered = trial_loss(loss).lower(abstract.params, adapters, batch)
-            shared = tree_bytes((abstract.params, adapters))
-            programs["loss of a limit"] = Program(
-                lowered, shared=shared, beside=trial_bytes(adapters)
-            )
-    resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
+        shared = tree_bytes((abstract.params, adapters))
+        program = Program(lowered, shared=shared, beside=trial_bytes(adapters))
+        yield Stage("choose limit", "emloc", {"loss": program}, resident=resident)
+    with target.lowering():
+        programs = correction_programs(adapters, abstract.kernels, emulator)
     yield Stage("correct", "emloc", programs, resident=resident)
 
 
@@ -117,13 +117,13 @@ def whole_merging(abstract: AbstractModel, setting: Setting, target: Target) -> 
     adapters = abstract_adapters(abstract, setting)
     with target.lowering():
         programs = merge_programs(adapters, abstract.kernels)
+    programs["write"] = tensor_written(abstract)
     resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
     yield Stage(
         "merge",
         "emloc",
         programs,
         resident=resident,
-        host={"tensor as written": 2 * largest_tensor(abstract)},
         disk={"merged model": tree_bytes(abstract.params)},
     )
 
