@@ -23,12 +23,14 @@ class Program:
         all of them.
       beside: bytes on the device while it runs, by what they are, that are not among its arguments
         (but for what `shared` says).
+      host: bytes of host memory while it runs, by what they are.
     """
 
     lowered: jax.stages.Lowered | ProgramMemory
     arguments: Mapping[str, int] = dataclasses.field(default_factory=dict)
     shared: int | None = 0
     beside: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    host: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def own(self, memory: ProgramMemory) -> int:
         """Bytes of its arguments, by its figures, that nothing else counts."""

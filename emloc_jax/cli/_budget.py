@@ -196,6 +196,7 @@ def _emulated(setting: Setting, options: EmulatorOptions, session: Session, rows
         ratio=ratio,
         where=_exactly(paths),
         gradients=options.weighting == "two_sided",
+        moments=options.moments,
         calibration_rows=min(options.calibration_rows, rows),
         calibration_batch=min(options.calibration_batch, options.calibration_rows),
     )

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _CALIBRATION = (
-    *("stream", "length", "chunk", "remat", "where", "gradients"),
+    *("stream", "length", "chunk", "remat", "where", "gradients", "moments", "weighted"),
     *("calibration_rows", "calibration_batch", "activations"),
 )
 _LORA = ("lora_where", "lora_rank")
@@ -59,7 +59,7 @@ def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> 
     yield from make(abstract, setting, target)
 
 
-@depends_on(*LORA_FIELDS, "stream", "ratio", "where", "gradients", "weighted")
+@depends_on(*LORA_FIELDS, "stream", "ratio", "where", "gradients", "moments", "weighted")
 def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the emulator; in memory, beside the original and the second moments."""
     resident = {}
@@ -74,7 +74,7 @@ def emulator_training(abstract: AbstractModel, setting: Setting, target: Target)
     yield from frozen_training("train", "emloc", abstract, frozen, setting, target, resident)
 
 
-@depends_on(*_CALIBRATION, *_LORA, "ratio", "choose_limit", "weighted")
+@depends_on(*_CALIBRATION, *_LORA, "ratio", "choose_limit")
 def correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Correcting the adapters for the original."""
     make = streamed_correction if setting.stream else whole_correction
@@ -93,7 +93,7 @@ def polishing(abstract: AbstractModel, setting: Setting, target: Target) -> Iter
             yield dataclasses.replace(stage, name="polish", method="emloc")
 
 
-@depends_on(*_LORA, "stream", "ratio", "where", "gradients", "weighted")
+@depends_on(*_LORA, "stream", "ratio", "where", "gradients", "moments", "weighted")
 def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Adding the adapters to the original."""
     make = streamed_merging if setting.stream else whole_merging
@@ -101,7 +101,17 @@ def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterat
 
 
 @depends_on(
-    *(*EVALUATION, *_LORA, "stream", "ratio", "where", "gradients", "weighted", "activations")
+    *(
+        *EVALUATION,
+        *_LORA,
+        "stream",
+        "ratio",
+        "where",
+        "gradients",
+        "moments",
+        "weighted",
+        "activations",
+    )
 )
 def evaluation(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """The loss on the test rows, if there are any."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from emloc_jax.emulator import MomentForm
 from emloc_jax.errors import ConfigError
 
 __all__ = ["Policy", "Setting"]
@@ -43,6 +44,7 @@ class Setting:
         files. None: no limit.
       choose_limit: whether the correction's limit is the one with the lowest loss on the
         calibration rows.
+      moments: of the calibration: auto, full or compact (see `calibrate`).
       weighted: whether second moments weigh the correction, so that they are kept until then.
       polish: whether steps of LoRA on the original follow the correction.
       eval_rows: test rows whose loss is taken; 0: no evaluation.
@@ -70,6 +72,7 @@ class Setting:
     block_inputs: Place = "device"
     activations: int | None = None
     choose_limit: bool = True
+    moments: MomentForm = "auto"
     weighted: bool = False
     polish: bool = False
     eval_rows: int = 0
@@ -96,6 +99,11 @@ class Setting:
                 f"batch_size {self.batch_size} cannot be cut into {self.accumulation} equal "
                 "micro-batches; make it a multiple."
             )
+
+    @property
+    def moment_form(self) -> MomentForm:
+        """How second moments are kept: in full where they weigh the correction too."""
+        return "full" if self.weighted else self.moments
 
     @property
     def micro_batch(self) -> int:

@@ -28,7 +28,8 @@ class Stage:
       programs: by name; they run one after the other, so that the largest one counts.
       resident: bytes on the device by what they are, there while any of the programs runs and not
         among its arguments (but for what `Program.shared` says); see also `Program.beside`.
-      host: bytes of host memory by what they are.
+      host: bytes of host memory by what they are, there while any of the programs runs; see also
+        `Program.host`.
       disk: bytes written to the disk by what they are.
     """
 
@@ -45,7 +46,10 @@ class StageMemory:
     """Figures of a stage.
 
     Attributes:
-      name, method, resident, host, disk: of the stage.
+      name, method, resident, disk: of the stage.
+      host: bytes of host memory by what they are, at their largest sum.
+      together: bytes of device and host at their largest sum, which is what a process takes where
+        the device computes in the host's memory.
       programs: figures by name of the program.
       parts: bytes on the device at the peak by what they are; they add up to `device`.
       largest: name of the program that makes the peak.
@@ -59,6 +63,7 @@ class StageMemory:
     resident: dict[str, int]
     host: dict[str, int]
     disk: dict[str, int]
+    together: int
 
     @property
     def device(self) -> int:
@@ -80,6 +85,7 @@ class StageMemory:
             "stage": self.name,
             "method": self.method,
             "device": self.device,
+            "together": self.together,
             "parts": self.parts,
             "largest_program": self.largest,
             "programs": programs,
@@ -113,18 +119,20 @@ def measure_stage(
     }
     peaks = {name: _parts(memory, stage.programs[name]) for name, memory in programs.items()}
     largest = max(peaks, key=lambda name: sum(peaks[name].values()))
-    parts = peaks[largest]
-    for name, size in stage.resident.items():
-        parts[name] = parts.get(name, 0) + size
+    hosts = {name: _add(dict(stage.host), p.host) for name, p in stage.programs.items()}
+    resident = sum(stage.resident.values())
+    together = max(sum(peaks[name].values()) + sum(hosts[name].values()) for name in peaks)
+    parts = _add(peaks[largest], stage.resident)
     return StageMemory(
         name=stage.name,
         method=stage.method,
         programs=programs,
-        parts={name: size for name, size in parts.items() if size},
+        parts=_positive(parts),
         largest=largest,
         resident=dict(stage.resident),
-        host={name: size for name, size in stage.host.items() if size},
-        disk={name: size for name, size in stage.disk.items() if size},
+        host=_positive(max(hosts.values(), key=lambda host: sum(host.values()))),
+        disk=_positive(stage.disk),
+        together=resident + together,
     )
 
 
@@ -139,6 +147,15 @@ def _parts(memory: ProgramMemory, program: Program) -> dict[str, int]:
     parts["other arguments"] = program.own(memory) - sum(parts.values())
     parts["outputs"] = memory.outputs - memory.aliased
     parts["temporaries"] = memory.temporaries
-    for name, size in program.beside.items():
+    return _add(parts, program.beside)
+
+
+def _add(parts: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """`parts` with more of them."""
+    for name, size in more.items():
         parts[name] = parts.get(name, 0) + size
     return parts
+
+
+def _positive(parts: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size}

@@ -7,16 +7,23 @@ from emloc_jax.memory._abstract_emulator import abstract_adapters
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
-from emloc_jax.memory._stage import Program, Stage
+from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._streamed_stages import streamed_evaluation, streamed_merging
 from emloc_jax.memory._target import Target
 from emloc_jax.models import block_stack
-from emloc_jax.streaming import StreamedLoraStep, streamed_lora_programs
+from emloc_jax.streaming import (
+    StreamedLoraStep,
+    block_shapes,
+    streamed_lora_programs,
+    streamed_model,
+)
 from emloc_jax.training import make_head_loss, make_optimizer, make_schedule
 
 __all__ = ["streamed_lora_evaluation", "streamed_lora_merging", "streamed_lora_training"]
 
 _LORA = ("lora_where", "lora_rank")
+# Gone when the optimizer's update runs.
+_WALKED = ("blocks", "block's adapters", "activations", "blocks' inputs")
 
 
 @depends_on(*_LORA, "batch_size", "length", "accumulation", "chunk", "block_inputs")
@@ -36,11 +43,19 @@ def streamed_lora_training(
         )
         adapters = abstract_adapters(abstract, setting)
         found = streamed_lora_programs(step, abstract.params, adapters, setting.batch())
+        shapes = block_shapes(streamed_model(abstract.model), abstract.params, setting.batch())
+    held = found.resident | {"adapters as given": tree_bytes(adapters)}
+    walked = {name: size for name, size in held.items() if name in _WALKED}
     yield Stage(
         "train",
         "streamed_lora",
-        {name: Program(lowered, shared=None) for name, lowered in found.lowered.items()},
-        resident=found.resident,
+        {
+            name: Program(lowered, shared=None)
+            if name == "update"
+            else Program(lowered, shared=None, beside=walked, host={"block as read": shapes.read})
+            for name, lowered in found.lowered.items()
+        },
+        resident={name: size for name, size in held.items() if name not in walked},
         host={"blocks' inputs": found.host},
     )
 

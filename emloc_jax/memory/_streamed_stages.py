@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
+from emloc_jax._program_memory import ProgramMemory
 from emloc_jax.adapters import CANDIDATES, Adapter, limits_to_try
 from emloc_jax.emulator import Taps
 from emloc_jax.kernels import flatten_leaves
@@ -16,7 +17,7 @@ from emloc_jax.memory._abstract_emulator import (
 )
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._setting import Setting
-from emloc_jax.memory._stage import Stage, tree_bytes
+from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
 from emloc_jax.streaming import (
     BlockShapes,
@@ -36,12 +37,12 @@ from emloc_jax.streaming import (
 )
 
 __all__ = [
-    "largest_tensor",
     "streamed_calibration",
     "streamed_correction",
     "streamed_evaluation",
     "streamed_factorization",
     "streamed_merging",
+    "tensor_written",
 ]
 
 
@@ -63,7 +64,7 @@ def streamed_calibration(
         "calibrate",
         "emloc",
         programs,
-        host={"activations": kept, "block as read": shapes.read},
+        host={"activations": kept},
         disk={"activations": spilled + 2 * rows},
     )
 
@@ -80,11 +81,7 @@ def streamed_factorization(
     factors = factor_bytes(layer.specs, ranks)
     rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
     kept, spilled = _spilled(rows * (shapes.count if setting.gradients else 1), setting)
-    host = {
-        "activations": kept,
-        "block as read": shapes.read,
-        "factors": 2 * factors,  # of the block, and as the file that is written
-    }
+    host = {"activations": kept}
     if target.platform != "cpu":  # the fingerprint reads them there
         host["moments"] = tree_bytes(jax.eval_shape(taps.zeros))
     disk = {
@@ -98,22 +95,21 @@ def streamed_factorization(
 def streamed_correction(
     abstract: AbstractModel, setting: Setting, target: Target
 ) -> Iterator[Stage]:
-    """One kernel of one layer after the other; then the losses of all limits, if one is chosen."""
+    """One kernel of one layer after the other; before that, the losses of all limits."""
     adapters = abstract_adapters(abstract, setting)
     emulator = flatten_leaves(abstract_emulator(abstract, setting))
+    read = {"kernel as read": 2 * max(_layer_bytes(abstract, path) for path in adapters)}
+    if setting.choose_limit:
+        with target.lowering():
+            model, shapes = _parts(abstract, setting, setting.calibration_batch)
+            programs = loss_programs(model, shapes, _of_block(adapters), trial_bytes(adapters))
+        rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
+        kept, spilled = _spilled(rows * len(limits_to_try(CANDIDATES)), setting)
+        disk = {"activations": spilled}
+        yield Stage("choose limit", "emloc", programs, host={"activations": kept}, disk=disk)
     with target.lowering():
         programs = correction_programs(adapters, abstract.kernels, emulator)
-        host = {"kernel as read": 2 * max(_layer_bytes(abstract, path) for path in adapters)}
-        disk: dict[str, int] = {}
-        if setting.choose_limit:
-            model, shapes = _parts(abstract, setting, setting.calibration_batch)
-            trials = trial_bytes(adapters)
-            programs |= loss_programs(model, shapes, _of_block(adapters), trials)
-            rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
-            kept, spilled = _spilled(rows * len(limits_to_try(CANDIDATES)), setting)
-            host |= {"activations": kept, "block as read": shapes.read}
-            disk["activations"] = spilled
-    yield Stage("correct", "emloc", programs, host=host, disk=disk)
+    yield Stage("correct", "emloc", programs, host=read)
 
 
 def streamed_merging(
@@ -123,11 +119,11 @@ def streamed_merging(
     adapters = abstract_adapters(abstract, setting)
     with target.lowering():
         programs = merge_programs(adapters, abstract.kernels)
+    programs["write"] = tensor_written(abstract)
     yield Stage(
         "merge",
         method,
         programs,
-        host={"tensor as read": 2 * largest_tensor(abstract)},
         disk={"merged model": tree_bytes(abstract.params)},
     )
 
@@ -142,17 +138,18 @@ def streamed_evaluation(
         beside = {"adapters": tree_bytes(adapters)}
         programs = loss_programs(model, shapes, _of_block(adapters), beside)
     kept, spilled = _spilled(_rows(shapes, setting.eval_batch, setting.eval_rows), setting)
-    host = {"activations": kept, "block as read": shapes.read}
-    yield Stage("evaluate", method, programs, host=host, disk={"activations": spilled})
+    disk = {"activations": spilled}
+    yield Stage("evaluate", method, programs, host={"activations": kept}, disk=disk)
 
 
-def largest_tensor(abstract: AbstractModel) -> int:
-    """Bytes of the largest tensor that is read or written at once, one layer of a stack."""
+def tensor_written(abstract: AbstractModel) -> Program:
+    """The writing of the largest tensor, one layer of a stack: as it is, and as it is stored."""
     inside, outside = abstract.params["layers"], dict(abstract.params)
     del outside["layers"]
     count = abstract.model.config.num_layers
     sizes = [tree_bytes(leaf) // count for leaf in jax.tree.leaves(inside)]
-    return max([*sizes, *(tree_bytes(leaf) for leaf in jax.tree.leaves(outside))])
+    largest = max([*sizes, *(tree_bytes(leaf) for leaf in jax.tree.leaves(outside))])
+    return Program(ProgramMemory(0, 0, 0, 0), host={"tensor as written": 2 * largest})
 
 
 def _parts(
@@ -169,7 +166,9 @@ def _layer(abstract: AbstractModel, setting: Setting) -> LayerKernels:
 
 
 def _taps(abstract: AbstractModel, setting: Setting) -> Taps:
-    return Taps(_layer(abstract, setting).specs, gradients=setting.gradients)
+    return Taps(
+        _layer(abstract, setting).specs, gradients=setting.gradients, moments=setting.moment_form
+    )
 
 
 def _factored(abstract: AbstractModel, setting: Setting) -> tuple[LayerKernels, dict[str, int]]:

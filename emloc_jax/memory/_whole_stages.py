@@ -23,7 +23,7 @@ from emloc_jax.memory._abstract_emulator import (
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
-from emloc_jax.memory._streamed_stages import largest_tensor
+from emloc_jax.memory._streamed_stages import tensor_written
 from emloc_jax.memory._target import Target
 from emloc_jax.streaming import correction_programs, merge_programs, trial_bytes
 from emloc_jax.training import make_loss
@@ -78,7 +78,7 @@ def whole_factorization(
         stacked = jax.ShapeDtypeStruct((*spec.stack_shape, spec.d_in, spec.d_out), jnp.float32)
         run = jax.jit(partial(factorize, max_rank=rank))
         given = [w for w in (stacked, moment.sum, moment.gradient) if w is not None]
-        one = [_one_layer(leaf, spec) for leaf in given]
+        one = [_one_layer(weight, spec) for weight in given]
         full, part = jax.eval_shape(run, *given), jax.eval_shape(run, *one)
         wide = {} if spec.dtype == jnp.float32 else {"kernel": tree_bytes(stacked)}
         done += tree_bytes(full)
@@ -95,20 +95,20 @@ def whole_factorization(
 
 
 def whole_correction(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
-    """One layer of one kernel after the other; the losses of all limits, if one is chosen."""
+    """One layer of one kernel after the other; before that, the losses of all limits."""
     adapters = abstract_adapters(abstract, setting)
     emulator = flatten_leaves(abstract_emulator(abstract, setting))
-    _, loss = session_loss(abstract, setting)
-    with target.lowering():
-        programs = correction_programs(adapters, abstract.kernels, emulator)
-        if setting.choose_limit:
+    resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
+    if setting.choose_limit:
+        _, loss = session_loss(abstract, setting)
+        with target.lowering():
             batch = setting.batch(setting.calibration_batch)
             lowered = trial_loss(loss).lower(abstract.params, adapters, batch)
-            shared = tree_bytes((abstract.params, adapters))
-            programs["loss of a limit"] = Program(
-                lowered, shared=shared, beside=trial_bytes(adapters)
-            )
-    resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
+        shared = tree_bytes((abstract.params, adapters))
+        program = Program(lowered, shared=shared, beside=trial_bytes(adapters))
+        yield Stage("choose limit", "emloc", {"loss": program}, resident=resident)
+    with target.lowering():
+        programs = correction_programs(adapters, abstract.kernels, emulator)
     yield Stage("correct", "emloc", programs, resident=resident)
 
 
@@ -117,13 +117,13 @@ def whole_merging(abstract: AbstractModel, setting: Setting, target: Target) -> 
     adapters = abstract_adapters(abstract, setting)
     with target.lowering():
         programs = merge_programs(adapters, abstract.kernels)
+    programs["write"] = tensor_written(abstract)
     resident = {"parameters": tree_bytes(abstract.params)} | kept_with_emulator(abstract, setting)
     yield Stage(
         "merge",
         "emloc",
         programs,
         resident=resident,
-        host={"tensor as written": 2 * largest_tensor(abstract)},
         disk={"merged model": tree_bytes(abstract.params)},
     )
 
@@ -175,8 +175,10 @@ def _factors(spec: KernelSpec, rank: int, lead: tuple[int, ...] = ()) -> tuple[A
     )
 
 
-def _one_layer(leaf: Any, spec: KernelSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape[len(spec.stack_shape) :], leaf.dtype)
+def _one_layer(tree: Any, spec: KernelSpec) -> Any:
+    """Shapes of one layer of an array or of a compact moment."""
+    lead = len(spec.stack_shape)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype), tree)
 
 
 def session_loss(abstract: AbstractModel, setting: Setting) -> tuple[Any, Any]:
@@ -186,7 +188,9 @@ def session_loss(abstract: AbstractModel, setting: Setting) -> tuple[Any, Any]:
 
 
 def _taps(abstract: AbstractModel, setting: Setting) -> Taps:
-    return Taps(selected(abstract, setting.where), gradients=setting.gradients)
+    return Taps(
+        selected(abstract, setting.where), gradients=setting.gradients, moments=setting.moment_form
+    )
 
 
 def _moment_bytes(taps: Taps) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax._program import Program, tree_bytes
+from emloc_jax._program_memory import ProgramMemory
 from emloc_jax.emulator import SecondMoment, Taps, error_squares, factorize
 from emloc_jax.kernels import KernelSpec
 from emloc_jax.streaming._model import StreamedModel
@@ -30,28 +31,32 @@ def calibration_programs(
     Returns:
       By name, with what the pass holds on the device besides the program's arguments: the next
       block, what the batch before gave, and in every pass but the backward one the parameters
-      outside the blocks.
+      outside the blocks; and on the host, the block that is being read.
     """
     block, x, context = shapes.block, shapes.x, shapes.context
     tokens = jax.ShapeDtypeStruct(shapes.batch["segments"].shape, bool)
     sums = jax.eval_shape(taps.zeros)
     outside = {"outer parameters": tree_bytes(shapes.outer)}
     walked = {"next block": shapes.next_block, "activations": tree_bytes(x)}
+    read = {"block as read": shapes.read}
     of_block = {"parameters": tree_bytes(block)}
     tapped = of_block | {"moments": tree_bytes(sums)}
     embed = Program(model.embed.lower(shapes.outer, shapes.batch), outside)
     if not taps.gradients:
         step = tapped_forward(model.stack.block, taps).lower(block, sums, x, context, tokens)
-        return {"embed": embed, "forward": Program(step, tapped, beside=walked | outside)}
+        return {
+            "embed": embed,
+            "forward": Program(step, tapped, beside=walked | outside, host=read),
+        }
     step = tapped_backward(model.stack.block, taps).lower(block, sums, x, context, tokens, x)
     head = model.head_gradient.lower(shapes.outer, x, shapes.batch)
     last = of_block | {"activations": tree_bytes(x), "context": tree_bytes(context)}
     forward = model.block.lower(block, x, context)
     return {
         "embed": embed,
-        "forward": Program(forward, of_block, beside=walked | outside),
+        "forward": Program(forward, of_block, beside=walked | outside, host=read),
         "loss": Program(head, outside, beside=last),
-        "backward": Program(step, tapped, beside=walked),
+        "backward": Program(step, tapped, beside=walked, host=read),
     }
 
 
@@ -73,7 +78,8 @@ def factorization_programs(
       damping: see `factorize`.
 
     Returns:
-      By name, each with the block, the next one and all second moments of the block beside it.
+      By name, each with the block, the next one and all second moments of the block beside it, and
+      on the host the factors that are done; in `write` these once more, as the file's content.
     """
     found = jax.eval_shape(lambda: taps.moments(taps.zeros()))
     beside = {
@@ -81,7 +87,11 @@ def factorization_programs(
         "next block": shapes.next_block,
         "moments": tree_bytes(jax.eval_shape(taps.zeros)),
     }
-    programs: dict[str, Program] = {}
+    factors = factor_bytes(specs, ranks)
+    done = {"factors": factors}
+    programs = {
+        "write": Program(ProgramMemory(0, 0, 0, 0), beside=beside, host={"factors": 2 * factors})
+    }
     for path, spec in _kinds(specs, ranks).items():
         kernel = jax.ShapeDtypeStruct((spec.d_in, spec.d_out), _wide(spec))
         moment: SecondMoment = found[path]
@@ -92,7 +102,7 @@ def factorization_programs(
         run = jax.jit(partial(factorize, damping=damping, max_rank=ranks[path]))
         shared = tree_bytes((kernel, given) if own else given)
         programs[f"factors of {path}"] = Program(
-            run.lower(kernel, *given), named, shared, beside=beside
+            run.lower(kernel, *given), named, shared, beside, done
         )
         full = jax.eval_shape(run, kernel, *given)
         left, right = (
@@ -104,7 +114,8 @@ def factorization_programs(
             error_squares.lower(kernel, left, right, moment.sum),
             named,
             shared,
-            beside=beside | {"factors": tree_bytes(full)},
+            beside | {"factors": tree_bytes(full)},
+            done,
         )
     return programs
 

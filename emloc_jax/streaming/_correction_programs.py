@@ -97,7 +97,7 @@ def merge_programs(
     """What `stream_merge` computes, once per shape of a kernel.
 
     `materialize` of an attached kernel runs operation by operation: the product, the product times
-    the scale, and then kernel and sum in fp32 beside it.
+    the scale, then the sum with the kernel, all in fp32.
 
     Args:
       adapters: shapes of all of them.
@@ -106,7 +106,7 @@ def merge_programs(
     Returns:
       By name, with the adapters beside each: as trained, and split by layer.
     """
-    programs = {}
+    programs: dict[str, Program] = {}
     beside = {"adapters": 2 * tree_bytes(dict(adapters))}
     for path in adapters:
         spec = kernels[path]
@@ -117,11 +117,14 @@ def merge_programs(
             arguments=tree_bytes(kernel),
             outputs=tree_bytes(kernel),
             # Of fp32 the sum is the result itself, and the kernel needs no copy.
-            temporaries=3 * wide - tree_bytes(kernel) if narrow else wide,
+            temporaries=3 * wide if narrow else 2 * wide,
             aliased=0,
         )
         programs[f"merge of {path}"] = Program(
-            figures, {"parameters": tree_bytes(kernel)}, beside=beside
+            figures,
+            {"parameters": tree_bytes(kernel)},
+            beside=beside,
+            host={"kernel as read": 2 * tree_bytes(kernel)},
         )
     return programs
 

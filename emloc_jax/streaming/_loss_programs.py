@@ -39,7 +39,12 @@ def loss_programs(
     }
     return {
         "embed": Program(lowered["embed"], outside, beside=beside),
-        "block": Program(lowered["block"], of_block, beside={**beside, **walked}),
+        "block": Program(
+            lowered["block"],
+            of_block,
+            beside={**beside, **walked},
+            host={"block as read": shapes.read},
+        ),
         # The last block is dropped only when the function returns.
         "loss": Program(lowered["loss"], outside, beside={**beside, **of_block}),
     }

@@ -67,7 +67,8 @@ def test_a_planned_step_is_the_step_that_runs():
     ran = analysed(step.lower(*given))
     (planned,) = Planner(abstract).stages(emulator_training, SETTING)
     assert planned.program == ran
-    assert planned.device == ran.peak
+    given = sum(leaf.nbytes for leaf in jax.tree.leaves(given[0].trainables))
+    assert planned.device == ran.peak + given  # what `init_state` copied stays with its caller
     assert planned.parts["parameters"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
@@ -127,18 +128,22 @@ def test_every_method_has_stages_that_add_up():
     assert [(s.method, s.name) for s in plan.stages] == [
         ("inference", "inference"),
         ("lora", "train"),
+        ("streamed_lora", "train"),
+        ("streamed_lora", "merge"),
         ("full", "train"),
         ("lsp", "train"),
         ("emloc", "calibrate"),
         ("emloc", "factorize"),
         ("emloc", "train"),
+        ("emloc", "choose limit"),
         ("emloc", "correct"),
         ("emloc", "merge"),
     ]
     assert plan.device == max(s.device for s in plan.stages) == plan.obstacle.device
     figures = {(s.method, s.name): s for s in plan.stages}
-    # Inputs of a block, and gradients there, of 3 rows of 32 tokens of 32 numbers in bf16.
-    assert figures["emloc", "calibrate"].host == {"activations": 2 * 3 * 32 * 32 * 2}
+    # Inputs of all 3 blocks of 3 rows of 32 tokens of 32 numbers in bf16; gradients in files.
+    assert figures["emloc", "calibrate"].host["activations"] == 3 * 3 * 32 * 32 * 2
+    assert figures["emloc", "calibrate"].disk == {"activations": 2 * 3 * 32 * 32 * 2}
     parameters = figures["inference", "inference"].parts["parameters"]
     assert figures["full", "train"].parts["trainables"] == 2 * parameters
     assert figures["emloc", "merge"].disk == {"merged model": parameters}
@@ -149,19 +154,19 @@ def test_every_method_has_stages_that_add_up():
 def test_what_stays_beside_a_stage_counts():
     abstract, target = tiny(), target_named()
     apart, beside = (
-        next(emulator_training(abstract, setting, target))
-        for setting in (SETTING, SETTING.replace(original_on_device=True))
+        next(emulator_training(abstract, SETTING.replace(stream=stream), target))
+        for stream in (True, False)
     )
-    kernels = sum(
-        np.prod(spec.shape) * 4
-        for path, spec in abstract.kernels.items()
-        if path.startswith("layers")
-    )
-    assert apart.resident == {}
-    assert beside.resident == {"original": kernels}  # the other leaves are shared
+    specs = [s for path, s in abstract.kernels.items() if path.startswith("layers")]
+    kernels = sum(np.prod(spec.shape) * 4 for spec in specs)
+    leaders = {s.input_group: s.d_in for s in specs}.values()
+    moments = 3 * 4 * (sum(d**2 for d in leaders) + sum(s.d_out**2 for s in specs) + len(leaders))
+    assert {*apart.resident} == {"adapters as given"}
+    # The other leaves are shared.
+    assert beside.resident == {**apart.resident, "original": kernels, "moments": moments}
     figures = ProgramMemory(arguments=10, outputs=4, temporaries=3, aliased=4)
     alone = dataclasses.replace(beside, programs={"step": Program(figures)})
-    assert measure_stage(alone).device == 13 + kernels
+    assert measure_stage(alone).device == 13 + sum(beside.resident.values())
 
 
 def test_a_model_that_no_machine_holds_is_planned():
@@ -181,6 +186,8 @@ def test_a_model_that_no_machine_holds_is_planned():
         (lambda: Setting(ratio=1.0), "strictly between"),
         (lambda: Setting(batch_size=3, accumulation=2), "multiple"),
         (lambda: Setting(calibration_batch=0), "at least one row"),
+        (lambda: Setting(eval_batch=0), "at least one at a time"),
+        (lambda: Setting(block_inputs="disk"), "pinned_host"),
         (lambda: Planner(tiny()).plan(["emlok"], SETTING), "known are"),
         (lambda: target_named("abacus"), "rtx4090"),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emloc_jax._program_memory import ProgramMemory
 from emloc_jax.errors import ConfigError, PlanError
 from emloc_jax.memory import (
     Budget,
@@ -104,6 +105,25 @@ def test_a_refusal_names_the_nearest_setting(planner):
     assert nearest(planner, ["toy"], asked, room) == alike
     with pytest.raises(PlanError, match="The nearest setting that fits: .* in 2 micro-batches"):
         require_fits(planner, ["toy"], asked, room)
+
+
+@depends_on("stream")
+def held(abstract, setting, target):
+    """A stage that holds the original unless it is streamed."""
+    program = Program(ProgramMemory(0, 100, 0, 0))
+    yield Stage("train", "held", {"step": program}, {} if setting.stream else {"original": 900})
+
+
+def test_streaming_comes_first(planner):
+    register_method("held", [held])
+    asked, room = SETTING.replace(stream=False), Budget(device=500)
+    assert nearest(planner, ["held"], asked, room) == asked.replace(stream=True)
+    with pytest.raises(PlanError, match="original .*The nearest setting that fits: .*stream=true"):
+        require_fits(planner, ["held"], asked, room)
+    # Where streaming changes nothing, it is not proposed.
+    room = Budget(device=planner.plan(["toy"], SETTING.replace(ratio=0.3)).device)
+    found = nearest(planner, ["toy"], SETTING.replace(ratio=0.9, stream=False), room)
+    assert found is not None and not found.stream
 
 
 def test_a_lower_ratio_comes_before_fewer_tokens(planner):
