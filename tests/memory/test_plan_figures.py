@@ -154,7 +154,7 @@ def test_every_method_has_stages_that_add_up():
 def test_what_stays_beside_a_stage_counts():
     abstract, target = tiny(), target_named()
     apart, beside = (
-        next(emulator_training(abstract, SETTING.replace(stream=stream), target))
+        next(emulator_training(abstract, SETTING.replace(stream=stream, weighted=True), target))
         for stream in (True, False)
     )
     specs = [s for path, s in abstract.kernels.items() if path.startswith("layers")]
@@ -164,6 +164,8 @@ def test_what_stays_beside_a_stage_counts():
     assert {*apart.resident} == {"adapters as given"}
     # The other leaves are shared.
     assert beside.resident == {**apart.resident, "original": kernels, "moments": moments}
+    light = next(emulator_training(abstract, SETTING.replace(stream=False), target))
+    assert light.resident == {**apart.resident, "original": kernels}
     figures = ProgramMemory(arguments=10, outputs=4, temporaries=3, aliased=4)
     alone = dataclasses.replace(beside, programs={"step": Program(figures)})
     assert measure_stage(alone).device == 13 + sum(beside.resident.values())
