@@ -64,10 +64,17 @@ def finetune_streams(config: FinetuneConfig) -> bool:
     """Whether a run reads the original a block at a time.
 
     Raises:
-      ConfigError: its method cannot, or see `wants_stream`.
+      ConfigError: its method cannot, or moments are to be kept, or see `wants_stream`.
     """
     if config.method in ("emloc", "lora"):
-        return wants_stream(config.stream, config.model)
+        streamed = wants_stream(config.stream, config.model)
+        if streamed and config.method == "emloc" and config.emulator.save_moments:
+            raise ConfigError(
+                "emulator.save_moments=true was asked for, but a run that reads the original a "
+                "block at a time keeps a block's moments only until its kernels are factored. Give "
+                "stream=false, or leave it out."
+            )
+        return streamed
     if str(config.stream).lower() == "true":
         raise ConfigError(
             f"stream=true was asked for with method={config.method}, which trains all parameters; "

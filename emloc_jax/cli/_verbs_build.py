@@ -30,6 +30,11 @@ def run_emulate(config: EmulateConfig, *, resume: bool = False) -> None:
       resume: go on with a streamed build that was killed.
     """
     check_emulator_options(config.emulator)
+    if config.emulator.save_moments:
+        raise ConfigError(
+            "emulator.save_moments=true was asked for, but moments are kept by finetune alone, in "
+            "its run folder, where --resume finds them. Leave it out."
+        )
     if not resume:
         check_new(config.output)
     streamed = wants_stream(config.stream, config.model)

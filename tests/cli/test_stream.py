@@ -121,4 +121,6 @@ def test_refusals(tmp_path, emulate, capsys):
     assert "stream=maybe" in capsys.readouterr().err
     assert main([*emulate(tmp_path / "emulator", "stream=false"), "--resume"]) == 2
     assert "Give stream=true" in " ".join(capsys.readouterr().err.split())
+    assert main(emulate(tmp_path / "emulator", "emulator.save_moments=true")) == 2
+    assert "moments are kept by finetune alone" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())

@@ -64,6 +64,7 @@ def test_streamed_emloc_leaves_the_bytes_of_emloc_in_memory(tmp_path, common):
     ("options", "message"),
     [
         (["stream=true", "method=full"], "stream=true was asked for with method=full"),
+        (["stream=true", "emulator.save_moments=true"], "keeps a block's moments only until"),
         (["stream=perhaps"], "it is auto, true or false"),
         (["polish.steps=-1"], "polish.steps is -1"),
         (["polish.steps=1"], "polish: learning rate"),
