@@ -3,8 +3,8 @@
 Every case runs in a process of its own: once to compile everything, then again, from the loading of
 its parameters, with the peak of the resident set (VmHWM) started anew. Measured is that peak less
 what was resident before; on a CPU it holds what the plan counts on the device and on the host. With
-`--cap` a third run is put, after compiling, into a control group whose limit is the plan's figure and
-5 % of it: what was resident before is charged elsewhere.
+`--cap` a third run is put, after compiling, into a control group whose limit is the plan's figure
+and 5 % of it: what was resident before is charged elsewhere.
 
     export PYTHONPATH=.
     python experiments/plan_accuracy.py --folder accuracy         # about 15 minutes, 3 GB of disk

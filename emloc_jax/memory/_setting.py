@@ -115,6 +115,6 @@ class Setting:
         parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
         return (
             f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
-            f"chunk={self.chunk}, remat={str(self.remat).lower()}, "
-            f"stream={str(self.stream).lower()}"
+            f"chunk={self.chunk}, remat={str(self.remat).lower()}"
+            f"{'' if self.stream else ', stream=false'}"
         )
