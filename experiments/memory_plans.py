@@ -30,13 +30,16 @@ def table_row(cells):
 
 
 def plans_of(name, setting, target):
-    """Figures by name of the stage; stages that depend on the ratio once per ratio."""
+    """Figures by name of the stage; training on the emulator once per ratio."""
     planner = Planner(abstract_model(SHAPES / name, name=name), target)
-    plan = planner.plan(["inference", "lora", "lsp"], setting)
-    found = {stage.method: stage for stage in plan.stages}
+    plan = planner.plan(["inference", "lora", "streamed_lora", "lsp"], setting)
+    found = {s.method: s for s in plan.stages if s.name in ("inference", "train")}
     for ratio in RATIOS:
         for stage in planner.plan(["emloc"], setting.replace(ratio=ratio)).stages:
-            found[f"emloc {ratio:g}: {stage.name}"] = stage
+            if stage.name == "train":
+                found[f"emloc {ratio:g}: {stage.name}"] = stage
+            else:  # nearly the same at every ratio
+                found.setdefault(f"emloc: {stage.name}", stage)
     return planner.abstract.parameters, found
 
 

@@ -3,13 +3,17 @@
 Every case runs in a process of its own: once to compile everything, then again, from the loading of
 its parameters, with the peak of the resident set (VmHWM) started anew. Measured is that peak less
 what was resident before; on a CPU it holds what the plan counts on the device and on the host. With
-`--cap` a third run is put, after compiling, into a control group whose limit is the plan's
-figure and 5 % of it: what was resident before is charged elsewhere.
+`--cap` a third run is put, after compiling, into a control group whose limit is the plan's figure
+and 5 % of it: what was resident before is charged elsewhere.
 
     export PYTHONPATH=.
     python experiments/plan_accuracy.py --folder accuracy         # about 15 minutes, 3 GB of disk
     python experiments/plan_accuracy.py --folder accuracy --cap   # needs root and control groups
     python experiments/plan_accuracy.py --folder accuracy --cases lora emulate
+    python experiments/plan_accuracy.py --folder accuracy --composition
+
+`--composition` compares figures only: the LoRA step of a whole model as one program, against what
+the programs of its blocks, those of the streamed step, add up to with all blocks on the device.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from streamed_checkpoint import VOCABULARY, make_checkpoint
+from streamed_checkpoint import VOCABULARY, config_of, make_checkpoint
 
 from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax.memory import Planner, Setting, abstract_model
@@ -310,6 +314,32 @@ class Case:
         jax.block_until_ready(emulator)
 
 
+def composition():
+    """Prints whole programs against the sums of their blocks' programs."""
+    print("| layers | dtype | whole | blocks | blocks / whole | growth per block, ratio |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for dtype in ("float32", "bfloat16"):
+        before = None
+        for layers in (2, 4, 8, 16):
+            config = config_of(1024, layers)
+            planner = Planner(abstract_model(config, dtype=dtype, compute_dtype=dtype))
+            lora, streamed = (
+                planner.plan([m], Setting(**SETTING)).of(m)[0] for m in ("lora", "streamed_lora")
+            )
+            # The scan of a whole program slices the block that it works on, hence one more.
+            others = layers + 1 - 2
+            outer = streamed.parts["outer parameters"]
+            block = (lora.parts["parameters"] - outer) // layers
+            assert streamed.parts["blocks"] == 2 * block
+            blocks = streamed.device + others * block
+            growth = ""
+            if before is not None:
+                growth = f"{(blocks - before[1]) / (lora.device - before[0]):.3f}"
+            before = lora.device, blocks
+            cells = [str(layers), dtype, format_bytes(lora.device), format_bytes(blocks)]
+            print("| " + " | ".join([*cells, f"{blocks / lora.device:.3f}", growth]) + " |")
+
+
 def resident(field):
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -367,11 +397,15 @@ def main():
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--cap", action="store_true", help="also run under a cap")
+    parser.add_argument("--composition", action="store_true", help="compare figures, run nothing")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         child(options)
+        return
+    if options.composition:
+        composition()
         return
     for name, (size, hidden) in SIZES.items():
         if not (options.folder / name).exists():

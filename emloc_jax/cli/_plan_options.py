@@ -68,7 +68,7 @@ class PlanConfig:
         "with the second moments",
     )
     activations: str | None = option(
-        None, "streamed: activations that may lie in host memory, e.g. 4GiB; null: no limit"
+        "4GiB", "streamed: activations that may lie in host memory; null: no limit"
     )
     block_inputs: Literal["device", "host", "pinned_host"] = option(
         "device", "streamed_lora: where the blocks' inputs wait for the backward pass"

@@ -24,7 +24,7 @@ _ADVICE = {
     "original": "a run that reads the original a block at a time",
     "blocks": "a smaller model, or method=emloc with a lower ratio",
     "adapters and optimizer": "adapters of a lower rank, or on fewer kernels",
-    "activations": "fewer or shorter rows",
+    "activations": "fewer or shorter rows, or a smaller limit of `activations`",
     "in flight, at most": "a smaller subspace",
 }
 
@@ -43,7 +43,7 @@ def require_fits(
         return plan
     found = nearest(planner, methods, setting, budget)
     if found is not None:
-        advice = f"The nearest setting that fits: {found}."
+        advice = f"The nearest setting that fits: {found}{_moved(setting, found)}."
     else:
         least = planner.plan(methods, smallest(setting, methods))
         stage, part = least.obstacle, _largest_part(least)
@@ -136,6 +136,13 @@ def _lowest(setting: Setting, knob: str) -> Setting:
             return setting.replace(batch_size=1, accumulation=1)
         case _:
             return setting.replace(length=min(setting.length, _SHORT))
+
+
+def _moved(asked: Setting, found: Setting) -> str:
+    """What `found` reads or keeps elsewhere than was asked."""
+    streamed = ", stream=true" if found.stream != asked.stream else ""
+    changed = found.block_inputs != asked.block_inputs
+    return streamed + (f", block_inputs={found.block_inputs}" if changed else "")
 
 
 def _needs(plan: Plan, budget: Budget) -> str:

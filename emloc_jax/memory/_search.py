@@ -88,6 +88,7 @@ def largest(
         )
 
     makers = [maker for method in methods for maker in stages_of(method)]
+    makers = [maker for maker in makers if planner.stages(maker, move(setting, 1))]
     by_size = sorted(makers, key=lambda maker: -excess(maker)(1))
     for number, maker in enumerate(by_size):  # what needs most decides, the others are asked once
         ask_last = number > 0 or knob == "chunk"

@@ -130,8 +130,9 @@ class Setting:
 
     def __str__(self):
         parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
+        stream = "" if self.stream else ", stream=false"
         inputs = "" if self.block_inputs == "device" else f", block_inputs={self.block_inputs}"
         return (
             f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
-            f"chunk={self.chunk}, remat={self.remat}, stream={str(self.stream).lower()}{inputs}"
+            f"chunk={self.chunk}, remat={self.remat}{stream}{inputs}"
         )

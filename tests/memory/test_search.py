@@ -144,6 +144,13 @@ def test_a_budget_below_the_smallest_plan_says_the_minimum(planner):
     assert f"{least.device / 1024:.1f} KiB" in message
 
 
+def test_stages_that_a_setting_does_not_have_do_not_matter(planner):
+    register_method("bare", [toy, depends_on("eval_rows")(lambda *_: iter(()))])
+    budget = Budget(device=planner.plan(["toy"], SETTING).device)
+    found = largest(planner, ["bare"], SETTING, budget, "ratio")
+    assert found == largest(planner, ["toy"], SETTING, budget, "ratio") is not None
+
+
 def test_searches_that_make_no_sense(planner):
     with pytest.raises(ConfigError, match="known are ratio"):
         largest(planner, ["toy"], SETTING, Budget(device=1), "rank")
