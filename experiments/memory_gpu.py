@@ -52,6 +52,7 @@ def child(model, kind, ratio, steps):
     import jax.numpy as jnp
     import numpy as np
 
+    from emloc_jax._compiling import loop_options
     from emloc_jax._program_memory import analysed
     from emloc_jax.adapters import attach
     from emloc_jax.kernels import intercept
@@ -92,7 +93,7 @@ def child(model, kind, ratio, steps):
             hidden = apply({"params": params}, tokens, method="hidden")
             return apply({"params": params}, hidden[:, -1], method="logits")
 
-        program = jax.jit(infer)
+        program = jax.jit(infer, compiler_options=loop_options())
         planned = analysed(program.lower(frozen, tokens)).peak
         run = lambda: program(frozen, tokens)  # noqa: E731
     else:

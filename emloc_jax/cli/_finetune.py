@@ -48,21 +48,23 @@ from emloc_jax.cli._session import (
     parameter_count,
 )
 from emloc_jax.cli._stages import (
-    StepMaker,
-    Trained,
-    attach_for_training,
     calibrate_session,
     emulate,
     evaluation_figures,
     input_moments,
     score,
-    step_in_memory,
     stream_emulate,
-    train_on,
     write_emulator,
 )
 from emloc_jax.cli._stream import finetune_streams
 from emloc_jax.cli._task import task_of
+from emloc_jax.cli._training import (
+    StepMaker,
+    Trained,
+    attach_for_training,
+    step_in_memory,
+    train_on,
+)
 from emloc_jax.emulator import load_moments, save_moments
 from emloc_jax.memory import Ledger
 from emloc_jax.offload import PipelinedTrainer

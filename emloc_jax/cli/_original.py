@@ -23,16 +23,13 @@ from emloc_jax.cli._options import (
 from emloc_jax.cli._session import Session
 from emloc_jax.cli._stages import (
     Scores,
-    Step,
-    StepMaker,
-    attach_for_training,
     correct_session,
     evaluation_figures,
     input_moments,
     score,
-    step_in_memory,
 )
 from emloc_jax.cli._stream import StreamedRun
+from emloc_jax.cli._training import Step, StepMaker, attach_for_training, step_in_memory
 from emloc_jax.kernels import intercept
 from emloc_jax.models import block_stack
 from emloc_jax.streaming import (

@@ -1,17 +1,15 @@
-"""The stages of a run as functions of a session: emulate, train, correct, score."""
+"""The stages of a run as functions of a session: calibrate, emulate, correct, score."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from emloc_jax._bytes import parse_bytes
-from emloc_jax._program_memory import analysed
-from emloc_jax.adapters import Adapter, attach, choose_limit, correct
+from emloc_jax.adapters import Adapter, choose_limit, correct
 from emloc_jax.checkpoints import calibration_fingerprint, save_emulator
 from emloc_jax.cli._checks import compressed_paths, parse_limit
 from emloc_jax.cli._console import tick, track
@@ -20,9 +18,7 @@ from emloc_jax.cli._options import (
     CorrectionOptions,
     DataOptions,
     EmulatorOptions,
-    LoraOptions,
     ScoreOptions,
-    TrainOptions,
 )
 from emloc_jax.cli._session import Session
 from emloc_jax.emulator import (
@@ -37,24 +33,13 @@ from emloc_jax.training import (
     GenerationReport,
     LabelReport,
     Row,
-    TrainResult,
-    TrainState,
     evaluate_generation,
     evaluate_labels,
     evaluate_loss,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    train,
 )
 
 __all__ = [
     "Scores",
-    "Step",
-    "StepMaker",
-    "Trained",
-    "attach_for_training",
     "calibrate_session",
     "correct_session",
     "emulate",
@@ -62,9 +47,7 @@ __all__ = [
     "input_moments",
     "label_report",
     "score",
-    "step_in_memory",
     "stream_emulate",
-    "train_on",
     "write_emulator",
 ]
 
@@ -212,129 +195,6 @@ def write_emulator(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step that is ready to run.
-
-    Attributes:
-      step: for `train`.
-      frozen: what it takes besides the state and a batch.
-      memory: bytes on the device at its peak, as compiled.
-    """
-
-    step: Any
-    frozen: Any
-    memory: int
-
-
-# From the first state and batch (for their shapes), the optimizer and its schedule.
-StepMaker = Callable[[TrainState, Batch, optax.GradientTransformation, optax.Schedule], Step]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What training gave.
-
-    Attributes:
-      trainables: adapters, or all parameters.
-      result: of the loop.
-      memory: bytes of the compiled step at its peak.
-    """
-
-    trainables: Any
-    result: TrainResult
-    memory: int
-
-
-def step_in_memory(
-    session: Session,
-    frozen: Any,
-    combine: Callable[[Any, Any, jax.Array | None], Any] | None,
-    options: TrainOptions,
-) -> StepMaker:
-    """The step of training with all parameters in memory.
-
-    Args:
-      session: of the model.
-      frozen: parameters that are not trained; None: all are.
-      combine: from trainables and frozen parameters to those of the model.
-      options: of the training.
-    """
-    extra = {} if combine is None else {"combine": combine}
-
-    def make(state: TrainState, batch: Batch, tx: Any, schedule: Any) -> Step:
-        step = make_train_step(
-            session.loss,
-            tx,
-            accumulation=options.accumulation,
-            clip=options.clip,
-            schedule=schedule,
-            **extra,
-        )
-        return Step(step, frozen, analysed(step.lower(state, frozen, batch)).peak)
-
-    return make
-
-
-def train_on(
-    make_step: StepMaker,
-    trainables: Any,
-    batches: Any,
-    options: TrainOptions,
-    *,
-    seed: int,
-    folder: Path,
-    resume: bool,
-    config: dict[str, Any],
-    evaluate: Callable[[Any], dict[str, float]] | None = None,
-    draws: int = 2,
-    title: str = "Training",
-) -> Trained:
-    """Runs the training loop with a progress bar.
-
-    Args:
-      make_step: see `step_in_memory`, and `Original.lora_step`.
-      trainables: adapters, or all parameters.
-      batches: an iterable that starts anew every time.
-      options: of the training.
-      seed: of the run.
-      folder: of checkpoints and metrics.
-      resume: go on from the newest checkpoint.
-      config: what must be equal when training is resumed.
-      evaluate: from trainables to figures.
-      draws: tells the random numbers of one stage from those of another.
-      title: of the progress bar.
-    """
-    schedule = make_schedule(
-        options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
-    )
-    tx = make_optimizer(schedule, weight_decay=options.weight_decay)
-    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), draws))
-    made = make_step(state, next(iter(batches)), tx, schedule)
-    with tick(title, options.steps) as move:
-        result = train(
-            made.step,
-            state,
-            batches,
-            steps=options.steps,
-            frozen=made.frozen,
-            folder=folder,
-            resume=resume,
-            config=config,
-            save_every=options.save_every,
-            evaluate=evaluate,
-            evaluate_every=options.evaluate_every,
-            skip_nonfinite=options.skip_nonfinite,
-            callbacks=[lambda record: move(record["step"], _note(record))],
-        )
-    return Trained(result.state.trainables, result, made.memory)
-
-
-def _note(record: Mapping[str, Any]) -> str:
-    loss = record.get("loss", record.get("test_loss"))
-    return "" if loss is None else f"loss {loss:.4f}"
-
-
 def correct_session(
     session: Session,
     adapters: dict[str, Adapter],
@@ -427,14 +287,3 @@ def evaluation_figures(session: Session, params: Any, batches: Iterable[Any]) ->
         return {"test_loss": evaluate_loss(session.loss, params, batches).loss}
     report = label_report(session, params, batches)
     return {"test_loss": report.loss} | {f"test_{k}": v for k, v in report.scores.items()}
-
-
-def attach_for_training(lora: LoraOptions) -> Callable[[Any, Any, jax.Array | None], Any]:
-    """`combine` for adapters: attaches them to the frozen parameters; dropout needs a key."""
-
-    def combine(adapters: Any, frozen: Any, key: jax.Array | None) -> Any:
-        if key is None or lora.dropout == 0:
-            return attach(frozen, adapters)
-        return attach(frozen, adapters, dropout=lora.dropout, key=key)
-
-    return combine

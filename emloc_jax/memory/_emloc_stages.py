@@ -43,6 +43,7 @@ _CALIBRATION = (
     *("calibration_rows", "calibration_batch", "activations"),
 )
 _LORA = ("lora_where", "lora_rank")
+_EMULATOR = ("stream", "ratio", "where", "gradients", "moments", "weighted")
 
 
 @depends_on(*_CALIBRATION)
@@ -59,7 +60,7 @@ def factorization(abstract: AbstractModel, setting: Setting, target: Target) -> 
     yield from make(abstract, setting, target)
 
 
-@depends_on(*LORA_FIELDS, "stream", "ratio", "where", "gradients", "moments", "weighted")
+@depends_on(*LORA_FIELDS, *_EMULATOR)
 def emulator_training(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """LoRA on the emulator; in memory, beside the original and the second moments."""
     resident = {}
@@ -68,8 +69,8 @@ def emulator_training(abstract: AbstractModel, setting: Setting, target: Target)
         emulator = tree_bytes(abstract_emulator(abstract, setting))
         # Leaves that are not compressed are the original's own.
         shared = emulator - kept["emulator"]
+        del kept["emulator"]  # an argument of the step
         resident = kept | {"original": tree_bytes(abstract.params) - shared}
-        del resident["emulator"]  # an argument of the step
     frozen = abstract_emulator(abstract, setting)
     yield from frozen_training("train", "emloc", abstract, frozen, setting, target, resident)
 
@@ -93,26 +94,14 @@ def polishing(abstract: AbstractModel, setting: Setting, target: Target) -> Iter
             yield dataclasses.replace(stage, name="polish", method="emloc")
 
 
-@depends_on(*_LORA, "stream", "ratio", "where", "gradients", "moments", "weighted")
+@depends_on(*_LORA, *_EMULATOR)
 def merging(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """Adding the adapters to the original."""
     make = streamed_merging if setting.stream else whole_merging
     yield from make(abstract, setting, target)
 
 
-@depends_on(
-    *(
-        *EVALUATION,
-        *_LORA,
-        "stream",
-        "ratio",
-        "where",
-        "gradients",
-        "moments",
-        "weighted",
-        "activations",
-    )
-)
+@depends_on(*EVALUATION, *_LORA, *_EMULATOR, "activations")
 def evaluation(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
     """The loss on the test rows, if there are any."""
     if setting.eval_rows:
