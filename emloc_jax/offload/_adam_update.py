@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.offload._adam import AdamOptions, SubspaceMoments, adam_direction, all_finite
+from emloc_jax.offload._alone_jit import AloneJit
 
 __all__ = ["Update", "adam_update", "host_update"]
 
@@ -51,7 +52,7 @@ def adam_update(
 def host_update(adam: AdamOptions, wire: Any) -> Callable[..., Any]:
     """`adam_update` compiled for the host's CPU, with its moments updated in place."""
     cpu = jax.local_devices(backend="cpu")[0]
-    compiled = jax.jit(
+    compiled = AloneJit(
         functools.partial(adam_update, adam=adam, wire=wire), donate_argnames="moments"
     )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.kernels import KernelSpec, SubspaceKernel, flatten_leaves, set_leaves
+from emloc_jax.offload._alone_jit import AloneJit
 from emloc_jax.offload._gradients import finish_gradients
 from emloc_jax.offload._update_programs import UpdatePrograms
 
@@ -27,9 +28,9 @@ class BlockPrograms:
     ):
         self._block, self._updates, self._plan = block, updates, updates.plan
         self._wire = wire
-        self.forward = jax.jit(block)
-        self.backward = jax.jit(self._backward, static_argnames="last", donate_argnames="sums")
-        self.full_gradients = jax.jit(self._full_gradients)
+        self.forward = AloneJit(block)
+        self.backward = AloneJit(self._backward, static_argnames="last", donate_argnames="sums")
+        self.full_gradients = AloneJit(self._full_gradients)
 
     def _vjp(self, params: Any, pairs: Mapping[str, Any], x: Any, context: Any, dy: Any) -> Any:
         plan, leaves = self._plan, flatten_leaves(params)

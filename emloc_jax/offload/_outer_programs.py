@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.kernels import flatten_leaves, set_leaves
+from emloc_jax.offload._alone_jit import AloneJit
 from emloc_jax.offload._gradients import finish_gradients
 from emloc_jax.offload._update_programs import UpdatePrograms
 
@@ -38,9 +39,9 @@ class OuterPrograms:
     ):
         self._embed, self._inputs, self._head_loss = embed, inputs, head_loss
         self._updates, self._plan, self._wire = updates, updates.plan, wire
-        self.embed = jax.jit(lambda outer, batch: embed(outer, *inputs(batch)))
-        self.head = jax.jit(self._head)
-        self.embed_backward = jax.jit(
+        self.embed = AloneJit(lambda outer, batch: embed(outer, *inputs(batch)))
+        self.head = AloneJit(self._head)
+        self.embed_backward = AloneJit(
             self._embed_backward, static_argnames="last", donate_argnames="sums"
         )
 

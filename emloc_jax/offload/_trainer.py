@@ -12,6 +12,7 @@ import numpy as np
 from emloc_jax.errors import ConfigError, DataError
 from emloc_jax.models import BlockStack
 from emloc_jax.offload._adam_update import host_update
+from emloc_jax.offload._alone_jit import AloneJit
 from emloc_jax.offload._batch import Batch, cut, token_inputs, total_weight
 from emloc_jax.offload._block_slot import BlockSlot
 from emloc_jax.offload._lanes import Delay, no_delay
@@ -30,6 +31,11 @@ __all__ = ["PipelinedTrainer"]
 # Programs that may be dispatched and not yet computed. XLA allocates what a program returns when
 # it is dispatched, so running far ahead would hold the gradients of many blocks at once.
 RUN_AHEAD = 2
+
+# As programs of their own, since lanes may be compiling while a step asks for them.
+add_trees = AloneJit(lambda one, other: jax.tree.map(jnp.add, one, other))
+step_key = AloneJit(jax.random.fold_in)
+split_for = AloneJit(lambda key, number: jax.random.split(jax.random.fold_in(key, number)))
 
 
 class PipelinedTrainer:
@@ -145,7 +151,7 @@ class PipelinedTrainer:
         flow = StepFlow(self._lanes, self.schedule, step=number, clip=options.clip)
         if not self.schedule.layerwise and not self.schedule.delayed:
             self.drain()
-        key = jax.random.fold_in(self._key, number)
+        key = step_key(self._key, np.uint32(number))
         sums: dict[int, Any] = {}
         losses = []
         try:
@@ -209,7 +215,7 @@ class PipelinedTrainer:
         if self._outer.updates.plan.trained:
             index = self._outer.index
             if index in sums:
-                outer_sums = jax.tree.map(jnp.add, sums.pop(index), outer_sums)
+                outer_sums = add_trees(sums.pop(index), outer_sums)
             done = self._programs.embed_backward(outer, batch, dx, outer_sums, last=last)
             if last:
                 self._start(self._outer, done, flow, rate, key)
@@ -337,7 +343,7 @@ class PipelinedTrainer:
             slot.pending.clear()
             if held["waits"]:
                 step = self.steps - 1
-                up = slot_keys(jax.random.fold_in(self._key, step), slot)[1]
+                up = slot_keys(step_key(self._key, np.uint32(step)), slot)[1]
                 update = jax.device_put(held["update"], jax.local_devices()[0], may_alias=False)
                 slot.pending.append(Future())
                 slot.pending[0].set_result(Held(update, self._on_return(slot, up, step)))
@@ -361,4 +367,4 @@ class PipelinedTrainer:
 
 def slot_keys(key: jax.Array, slot: BlockSlot) -> jax.Array:
     """The keys of a slot's rounding in a step: of what stays on the device, of what comes back."""
-    return jax.random.split(jax.random.fold_in(key, slot.index + 1))
+    return split_for(key, np.uint32(slot.index + 1))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from emloc_jax.kernels import Layout, flatten_leaves, set_leaves
 from emloc_jax.offload._adam import AdamOptions, SubspaceMoments
 from emloc_jax.offload._adam_update import Update, adam_update
+from emloc_jax.offload._alone_jit import AloneJit
 from emloc_jax.offload._apply import apply_update
 from emloc_jax.offload._plan import Plan
 from emloc_jax.offload._rounding import Rounding, rounding_state
@@ -34,8 +35,8 @@ class UpdatePrograms:
         self.plan, self._host = plan, host
         self._adam, self._normalize = adam, normalize
         self._rounding: Rounding = rounding
-        self.apply = jax.jit(self._apply, donate_argnames=("params", "extras"))
-        self.update_on_device = jax.jit(
+        self.apply = AloneJit(self._apply, donate_argnames=("params", "extras"))
+        self.update_on_device = AloneJit(
             self._update_on_device, donate_argnames=("params", "moments", "extras")
         )
 
