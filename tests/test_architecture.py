@@ -9,13 +9,14 @@ import emloc_jax
 
 ROOT = Path(emloc_jax.__file__).parent
 # A room may import from itself and from the rooms listed for it.
-GROUND = {"errors", "_files", "_bytes", "_compiling", "_program_memory"}
+GROUND = {"errors", "_files", "_bytes", "_compiling", "_program", "_program_memory"}
 ALLOWED = {
     "errors": set(),
     "_bytes": {"errors"},
     "_files": {"errors"},
     "_compiling": set(),
     "_program_memory": set(),
+    "_program": {"_program_memory"},
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
     "emulator": GROUND | {"kernels"},

@@ -111,7 +111,7 @@ def train_on(
 
     Args:
       make_step: see `step_in_memory`, and `Original.lora_step`.
-      trainables: adapters, or all parameters.
+      trainables: adapters, or all parameters; consumed.
       batches: an iterable that starts anew every time.
       options: of the training.
       seed: of the run.
@@ -126,7 +126,8 @@ def train_on(
         options.learning_rate, steps=options.steps, warmup=options.warmup, final=options.final
     )
     tx = make_optimizer(schedule, weight_decay=options.weight_decay)
-    state = init_state(trainables, tx, seed=jax.random.fold_in(jax.random.key(seed), draws))
+    key = jax.random.fold_in(jax.random.key(seed), draws)
+    state = init_state(trainables, tx, seed=key, copy=False)
     made = make_step(state, next(iter(batches)), tx, schedule)
     with tick(title, options.steps) as move:
         result = train(

@@ -110,7 +110,7 @@ class Planner:
       >>> planner = Planner(abstract_model({"model_type": "gpt2", **sizes}))
       >>> plan = planner.plan(["inference", "emloc"], Setting(length=8, lora_rank=2))
       >>> [stage.name for stage in plan.stages]
-      ['inference', 'calibrate', 'factorize', 'train', 'correct', 'merge']
+      ['inference', 'calibrate', 'factorize', 'train', 'choose limit', 'correct', 'merge']
     """
 
     def __init__(self, abstract: AbstractModel, target: Target | None = None):

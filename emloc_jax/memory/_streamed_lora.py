@@ -44,7 +44,7 @@ def streamed_lora_training(
         adapters = abstract_adapters(abstract, setting)
         found = streamed_lora_programs(step, abstract.params, adapters, setting.batch())
         shapes = block_shapes(streamed_model(abstract.model), abstract.params, setting.batch())
-    held = found.resident | {"adapters as given": tree_bytes(adapters)}
+    held = found.resident
     walked = {name: size for name, size in held.items() if name in _WALKED}
     yield Stage(
         "train",

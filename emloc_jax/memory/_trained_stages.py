@@ -63,12 +63,7 @@ def full_training(abstract: AbstractModel, setting: Setting, target: Target) -> 
     masters = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), abstract.params
     )
-    # `init_state` copies what it is given, which stays; of fp32 that is the original itself.
-    changed = [leaf for leaf in jax.tree.leaves(abstract.params) if leaf.dtype != jnp.float32]
-    resident = {
-        "original": tree_bytes(abstract.params),
-        "masters as given": sum(4 * leaf.size for leaf in changed),
-    }
+    resident = {"original": tree_bytes(abstract.params)}
     with target.compiling():
         program = _step(abstract, setting, masters, None, None, target)
     yield Stage("train", "full", {"step": program}, resident)
@@ -92,9 +87,7 @@ def frozen_training(
 
     with target.compiling():
         program = _step(abstract, setting, adapters, frozen, combine, target)
-    # `init_state` copies what it is given, which stays.
-    given = {"adapters as given": tree_bytes(adapters)}
-    yield Stage(name, method, {"step": program}, given | (resident or {}))
+    yield Stage(name, method, {"step": program}, resident or {})
 
 
 def _step(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 __all__ = ["AloneJit"]
 
@@ -37,6 +38,8 @@ class AloneJit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program."""
         leaves, structure = jax.tree.flatten((args, kwargs))
+        if any(isinstance(leaf, Tracer) for leaf in leaves):  # a part of another program
+            return self._program(*args, **kwargs)
         signature = (structure, *map(_signature, leaves))
         if signature in self._seen:
             return self._program(*args, **kwargs)

@@ -32,14 +32,20 @@ class TrainState:
 
 
 def init_state(
-    trainables: Any, tx: optax.GradientTransformation, *, seed: int | jax.Array = 0
+    trainables: Any,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int | jax.Array = 0,
+    copy: bool = True,
 ) -> TrainState:
     """The state before the first step.
 
     Args:
-        trainables: what is trained; copied, since the step consumes its state.
+        trainables: what is trained.
         tx: the optimizer.
         seed: an integer, or a typed key.
+        copy: copy `trainables`, since a step consumes its state. False saves their memory: the
+            state holds the very arrays, and after the first step they are gone.
 
     Example:
         >>> state = init_state({"bias": jnp.zeros(2)}, optax.sgd(0.1))
@@ -47,7 +53,9 @@ def init_state(
         (0, 0)
     """
     # A copy with its dtype spelt out: weakly typed leaves would cost a second compilation.
-    trainables = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), trainables)
+    trainables = jax.tree.map(
+        lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=copy), trainables
+    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -221,3 +221,15 @@ def test_a_step_can_be_part_of_another_program():
     inside, losses = jax.jit(lambda s, b: jax.lax.scan(body, s, b))(init_state(theta, tx), batches)
     np.testing.assert_allclose(losses["loss"][-1], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(inside.trainables["theta"], alone.trainables["theta"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_state_copies_what_it_is_given_unless_told_not_to(copy):
+    tx = optax.sgd(0.5)
+    given = {"w": jnp.ones(3), "b": np.ones(2, np.float32)}
+    state = init_state(given, tx, copy=copy)
+    step = make_train_step(lambda p, batch: (jnp.sum(p["w"]) + jnp.sum(p["b"]), jnp.ones(())), tx)
+    state, _ = step(state, None, {"x": np.ones((1,), np.float32)})
+    assert given["w"].is_deleted() != copy
+    np.testing.assert_array_equal(given["b"], 1)  # NumPy's memory is nobody's to take
+    np.testing.assert_allclose(state.trainables["w"], 0.5)
