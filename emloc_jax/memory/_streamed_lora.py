@@ -7,7 +7,7 @@ from emloc_jax.memory._abstract_emulator import abstract_adapters
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._setting import Setting
-from emloc_jax.memory._stage import Program, Stage, tree_bytes
+from emloc_jax.memory._stage import Program, Stage
 from emloc_jax.memory._streamed_stages import streamed_evaluation, streamed_merging
 from emloc_jax.memory._target import Target
 from emloc_jax.models import block_stack
