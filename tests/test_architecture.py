@@ -26,6 +26,7 @@ ALLOWED = {
     "training": GROUND | {"kernels", "offload"},
     "streaming": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
 }
+ALLOWED["nnx"] = GROUND | {"kernels"}
 ALLOWED["memory"] = GROUND | ALLOWED["streaming"] | {"offload", "streaming"}
 ALLOWED["cli"] = ALLOWED["memory"] | {"memory"}
 FILES = sorted(path for path in ROOT.rglob("*.py"))
