@@ -95,8 +95,27 @@ def streamed_factorization(
 def streamed_correction(
     abstract: AbstractModel, setting: Setting, target: Target
 ) -> Iterator[Stage]:
-    """One kernel of one layer after the other; before that, the losses of all limits."""
+    """One kernel of one layer after the other; before that, the losses of all limits.
+
+    Weighted, the calibration rows walk through the blocks once more for each of the two, and the
+    kernels of a block are corrected while its second moments are there.
+    """
     adapters = abstract_adapters(abstract, setting)
+    moments = None
+    if setting.weighted:
+        with target.lowering():
+            model, shapes = _parts(abstract, setting, setting.calibration_batch)
+            count = abstract.model.config.num_layers
+            kernels = {path: abstract.kernels[path] for path in adapters}
+            specs = layer_kernels(kernels, count, scanned=True)[0].specs
+            taps = Taps(specs, moments="full")
+            programs = calibration_programs(model, shapes, taps)
+        moments = tree_bytes(jax.eval_shape(taps.zeros))
+        rows = _rows(shapes, setting.calibration_batch, setting.calibration_rows)
+        kept, spilled = _spilled(rows, setting)
+        disk = {"activations": spilled + 2 * rows}
+        host = {"activations": kept}
+        yield Stage("weigh the correction", "emloc", programs, host=host, disk=disk)
     emulator = flatten_leaves(abstract_emulator(abstract, setting))
     read = {"kernel as read": 2 * max(_layer_bytes(abstract, path) for path in adapters)}
     if setting.choose_limit:
@@ -108,7 +127,7 @@ def streamed_correction(
         disk = {"activations": spilled}
         yield Stage("choose limit", "emloc", programs, host={"activations": kept}, disk=disk)
     with target.lowering():
-        programs = correction_programs(adapters, abstract.kernels, emulator)
+        programs = correction_programs(adapters, abstract.kernels, emulator, moments=moments)
     yield Stage("correct", "emloc", programs, host=read)
 
 

@@ -108,7 +108,8 @@ def whole_correction(abstract: AbstractModel, setting: Setting, target: Target) 
         program = Program(lowered, shared=shared, beside=trial_bytes(adapters))
         yield Stage("choose limit", "emloc", {"loss": program}, resident=resident)
     with target.lowering():
-        programs = correction_programs(adapters, abstract.kernels, emulator)
+        moments = 0 if setting.weighted else None
+        programs = correction_programs(adapters, abstract.kernels, emulator, moments=moments)
     yield Stage("correct", "emloc", programs, resident=resident)
 
 

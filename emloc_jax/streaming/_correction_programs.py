@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax._program import Program, tree_bytes
@@ -32,6 +33,7 @@ def correction_programs(
     emulated: Mapping[str, Any],
     *,
     bound: Bound = "row",
+    moments: int | None = None,
 ) -> dict[str, Program]:
     """The programs of `StreamedCorrection.correct`, once per shape of a kernel.
 
@@ -40,11 +42,15 @@ def correction_programs(
       kernels: of the model, by path.
       emulated: the emulator's leaves, or their shapes, by path.
       bound: see `correct`.
+      moments: bytes of a block's second moments that lie there to weigh it; 0: they are counted
+        elsewhere, and the kernel's own is cut out of them; None: it is not weighted.
 
     Returns:
       By name, with the adapters beside each: as trained, split by layer, and corrected.
     """
     beside = {"adapters": 3 * tree_bytes(dict(adapters))}
+    if moments is not None:
+        beside["moments"] = moments
     programs: dict[str, Program] = {}
     seen = set()
     for path, adapter in adapters.items():
@@ -57,19 +63,25 @@ def correction_programs(
         scale, limit = problem.adapter.scale, np.float32(3)
         lora, (kernel, emulator) = jax.eval_shape(_matrices, *shapes)
         named = {"parameters": tree_bytes((kernel, emulator))}
+        moment, weighing = None, 0
+        if moments is not None:
+            side = kernels[path].d_in
+            moment = jax.ShapeDtypeStruct((side, side), jnp.float32)
+            weighing = tree_bytes(moment) if moments else 0
         run = jax.jit(partial(correction_terms, scale=scale))
-        terms = jax.eval_shape(run, *lora, kernel, emulator, None)
+        terms = jax.eval_shape(run, *lora, kernel, emulator, moment)
         own = named | {"trainables": tree_bytes(lora)}
         programs[f"terms of {path}"] = Program(
-            run.lower(*lora, kernel, emulator, None), own, tree_bytes(lora), beside
+            run.lower(*lora, kernel, emulator, moment), own, tree_bytes(lora) + weighing, beside
         )
         bounded = jax.jit(partial(apply_bound, bound=bound)).lower(terms, limit)
         programs[f"bound of {path}"] = Program(bounded, {"terms": tree_bytes(terms)}, beside=beside)
-        compared = jax.jit(partial(mismatch, moment=None, scale=scale, bound=bound))
+        compared = jax.jit(partial(mismatch, scale=scale, bound=bound))
         programs[f"mismatch of {path}"] = Program(
-            compared.lower(terms, kernel, emulator, limit=limit),
+            compared.lower(terms, kernel, emulator, moment, limit=limit),
             named | {"terms": tree_bytes(terms)},
-            beside=beside,
+            weighing,
+            beside,
         )
     return programs
 

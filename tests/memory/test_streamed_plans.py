@@ -6,6 +6,7 @@ import pytest
 from emloc_jax._program_memory import analysed
 from emloc_jax.emulator import Taps
 from emloc_jax.memory import Planner, Setting, measure_stage, target_named
+from emloc_jax.memory._emloc_stages import correction
 from emloc_jax.memory._streamed_lora import streamed_lora_training
 from emloc_jax.memory._streamed_stages import (
     streamed_calibration,
@@ -115,6 +116,31 @@ def test_trials_of_all_limits_are_counted():
     assert 8.5 * whole < trials < 9.5 * whole
     (correct,) = streamed_correction(tiny(), SETTING.replace(choose_limit=False), target_named())
     assert correct.name == "correct"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_weighted_correction_holds_second_moments(stream):
+    abstract = tiny()
+    setting = SETTING.replace(weighted=True, choose_limit=False, stream=stream, gradients=False)
+    stages = {stage.name: stage for stage in correction(abstract, setting, target_named())}
+    layers = layers_of(abstract)
+    moments = nbytes(Taps(layers[0].specs, moments="full").zeros())
+    plain = SETTING.replace(gradients=False, moments="full")
+    if stream:
+        (passes,) = streamed_calibration(abstract, plain, target_named())
+        weigh = stages["weigh the correction"]
+        assert {name: p.lowered.as_text() for name, p in weigh.programs.items()} == {
+            name: p.lowered.as_text() for name, p in passes.programs.items()
+        }
+    else:
+        assert list(stages) == ["correct"]
+        assert stages["correct"].resident["moments"] == len(layers) * moments
+    program = stages["correct"].programs["terms of layers/mlp/down_proj/kernel"]
+    assert program.beside["moments"] == (moments if stream else 0)
+    light = next(correction(abstract, setting.replace(weighted=False), target_named()))
+    plainly = light.programs["terms of layers/mlp/down_proj/kernel"].lowered
+    side = 4 * abstract.kernels["layers/mlp/down_proj/kernel"].d_in ** 2
+    assert analysed(program.lowered).arguments == analysed(plainly).arguments + side
 
 
 def test_blocks_inputs_can_wait_on_the_host():
