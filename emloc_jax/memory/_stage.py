@@ -8,6 +8,7 @@ import jax
 
 from emloc_jax._program import Program, tree_bytes
 from emloc_jax._program_memory import ProgramMemory, analysed
+from emloc_jax.memory._lapack import lapack_workspace
 
 __all__ = ["Program", "Stage", "StageMemory", "measure_stage", "tree_bytes"]
 
@@ -119,7 +120,7 @@ def measure_stage(
     }
     peaks = {name: _parts(memory, stage.programs[name]) for name, memory in programs.items()}
     largest = max(peaks, key=lambda name: sum(peaks[name].values()))
-    hosts = {name: _add(dict(stage.host), p.host) for name, p in stage.programs.items()}
+    hosts = {name: _add(dict(stage.host), _host(p)) for name, p in stage.programs.items()}
     resident = sum(stage.resident.values())
     together = max(sum(peaks[name].values()) + sum(hosts[name].values()) for name in peaks)
     parts = _add(peaks[largest], stage.resident)
@@ -148,6 +149,14 @@ def _parts(memory: ProgramMemory, program: Program) -> dict[str, int]:
     parts["outputs"] = memory.outputs - memory.aliased
     parts["temporaries"] = memory.temporaries
     return _add(parts, program.beside)
+
+
+def _host(program: Program) -> dict[str, int]:
+    """What lies on the host while a program runs, by what it is."""
+    host = dict(program.host)
+    if isinstance(program.lowered, jax.stages.Lowered):
+        host["LAPACK's workspace"] = lapack_workspace(program.lowered)
+    return host
 
 
 def _add(parts: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
