@@ -22,7 +22,7 @@ from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.checkpoints._stored_names import stored_names
 from emloc_jax.errors import AdapterMismatchError, NonFiniteError
-from emloc_jax.models import hf_storage
+from emloc_jax.models import hf_storage, layer_depths
 
 __all__ = ["AdapterInfo", "adapter_info", "load_adapter"]
 
@@ -101,7 +101,7 @@ def load_adapter(
         )
     if scan_layers is None:
         scan_layers = isinstance(base, Pretrained) and base.model.scan_layers
-    return join_layers(adapters, config.num_layers) if scan_layers else adapters
+    return join_layers(adapters, layer_depths(config)) if scan_layers else adapters
 
 
 def _open(folder: Path) -> SafetensorsSource:
