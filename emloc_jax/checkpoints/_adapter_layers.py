@@ -34,9 +34,7 @@ def split_layers(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return split
 
 
-def join_layers(
-    adapters: Mapping[str, Adapter], depths: Mapping[str, int]
-) -> dict[str, Adapter]:
+def join_layers(adapters: Mapping[str, Adapter], depths: Mapping[str, int]) -> dict[str, Adapter]:
     """Adapters under scanned paths: those of all layers stacked into one.
 
     Args:

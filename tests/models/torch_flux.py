@@ -60,17 +60,21 @@ def random_inputs(config, batch=BATCH, seed=0):
     return inputs
 
 
-def torch_velocity(model, inputs):
-    """What the torch model makes of the same inputs."""
+def torch_output(model, inputs):
+    """What the torch model makes of the same inputs, for a backward pass."""
     tensors = {name: torch.asarray(value) for name, value in inputs.items()}
-    text_ids = tensors.get("text_ids", torch.zeros(inputs["prompt_embeds"].shape[1], 3))
+    return model(
+        hidden_states=tensors["latents"],
+        timestep=tensors["timesteps"],
+        encoder_hidden_states=tensors["prompt_embeds"],
+        pooled_projections=tensors["pooled_prompt_embeds"],
+        img_ids=tensors["image_ids"],
+        txt_ids=tensors.get("text_ids", torch.zeros(inputs["prompt_embeds"].shape[1], 3)),
+        guidance=tensors.get("guidance"),
+    ).sample
+
+
+def torch_velocity(model, inputs):
+    """The same as an array."""
     with torch.no_grad():
-        return model(
-            hidden_states=tensors["latents"],
-            timestep=tensors["timesteps"],
-            encoder_hidden_states=tensors["prompt_embeds"],
-            pooled_projections=tensors["pooled_prompt_embeds"],
-            img_ids=tensors["image_ids"],
-            txt_ids=text_ids,
-            guidance=tensors.get("guidance"),
-        ).sample.numpy()
+        return torch_output(model, inputs).numpy()
