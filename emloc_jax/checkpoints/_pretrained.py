@@ -69,7 +69,7 @@ def load_pretrained(
     num_labels: int | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """Load a decoder of the Llama family, a GPT-2, a BERT or RoBERTa encoder, or a FLUX transformer.
+    """Load a decoder of the Llama family, a GPT-2, a BERT or RoBERTa encoder, or a FLUX.
 
     Config, headers, file sizes, names and shapes are checked before any number is read; then each
     tensor is read from a memory map on its own. Every parameter must have exactly one tensor and

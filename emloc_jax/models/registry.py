@@ -58,7 +58,8 @@ def model_from_hf(hf_config: Mapping[str, Any], **options: Any) -> Any:
         **options: see ``model_from_config``.
 
     Returns:
-        A ``Decoder``, ``Gpt2``, ``Encoder`` or ``Flux``; its ``config`` is ``config_from_hf(hf_config)``.
+        A ``Decoder``, ``Gpt2``, ``Encoder`` or ``Flux``; its ``config`` is
+        ``config_from_hf(hf_config)``.
 
     Raises:
         UnsupportedArchitectureError: a family, or an option of one, that is not implemented; the

@@ -54,7 +54,7 @@ def draw_times(
         )
     rng = np.random.default_rng(seed)
     if sampling == "logit_normal":
-        times = 1 / (1 + np.exp(-rng.normal(mean, deviation, count)))
+        times = 0.5 + 0.5 * np.tanh(rng.normal(mean, deviation, count) / 2)  # the sigmoid
     else:
         times = rng.uniform(size=count)
     if sampling == "stratified":
