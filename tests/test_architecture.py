@@ -23,7 +23,7 @@ ALLOWED = {
     "adapters": GROUND | {"kernels"},
     "offload": GROUND | {"kernels", "models"},
     "checkpoints": GROUND | {"kernels", "models", "emulator", "adapters", "offload"},
-    "training": GROUND | {"kernels", "offload"},
+    "training": GROUND | {"kernels", "models", "offload"},
     "streaming": GROUND | {"kernels", "models", "emulator", "adapters", "checkpoints", "training"},
 }
 ALLOWED["nnx"] = GROUND | {"kernels"}

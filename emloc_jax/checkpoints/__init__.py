@@ -1,6 +1,9 @@
 """Models and adapters on disk: Hugging Face folders, GGUF, PEFT adapters, emulators, Orbax."""
 
 from emloc_jax.checkpoints._checkpoint_blocks import CheckpointBlocks as CheckpointBlocks
+from emloc_jax.checkpoints._diffusers_adapter import (
+    save_diffusers_adapter as save_diffusers_adapter,
+)
 from emloc_jax.checkpoints._emulator_blocks import EmulatorBlocks as EmulatorBlocks
 from emloc_jax.checkpoints._emulator_config import EmulatorConfig as EmulatorConfig
 from emloc_jax.checkpoints._emulator_folder import emulator_config as emulator_config

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.adapters import Adapter
-from emloc_jax.checkpoints._layers import scanned_path
+from emloc_jax.checkpoints._layers import scanned_path, unrolled_paths
 from emloc_jax.errors import AdapterMismatchError
 
 __all__ = ["join_layers", "split_layers"]
@@ -23,10 +23,9 @@ def split_layers(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
         stack = adapter.stack_shape
         if not stack:
             split[path] = adapter
-        elif len(stack) == 1 and path.startswith("layers/"):
-            inner = path.removeprefix("layers/")
-            for i in range(stack[0]):
-                split[f"layers/{i}/{inner}"] = jax.tree.map(lambda x, i=i: x[i], adapter)
+        elif len(stack) == 1 and (unrolled := unrolled_paths(path, stack[0])):
+            for own, i in unrolled:
+                split[own] = jax.tree.map(lambda x, i=i: x[i], adapter)
         else:
             raise AdapterMismatchError(
                 f"The adapter on '{path}' is stacked along {stack}; only one stacked axis, the "
@@ -35,8 +34,12 @@ def split_layers(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return split
 
 
-def join_layers(adapters: Mapping[str, Adapter], num_layers: int) -> dict[str, Adapter]:
+def join_layers(adapters: Mapping[str, Adapter], depths: Mapping[str, int]) -> dict[str, Adapter]:
     """Adapters under scanned paths: those of all layers stacked into one.
+
+    Args:
+      adapters: under unrolled paths.
+      depths: `layer_depths` of the model.
 
     Raises:
       AdapterMismatchError: a kernel has an adapter in some layers only, or of different rank or
@@ -51,13 +54,14 @@ def join_layers(adapters: Mapping[str, Adapter], num_layers: int) -> dict[str, A
         if None in layers:
             joined[where] = layers[None]
             continue
-        if set(layers) != set(range(num_layers)):
-            lacking = sorted(set(range(num_layers)) - {i for i in layers if i is not None})
+        every = range(depths[where.split("/")[0]])
+        if set(layers) != set(every):
+            lacking = sorted(set(every) - {i for i in layers if i is not None})
             raise AdapterMismatchError(
                 f"The kernel '{where}' has no adapter in layer(s) {lacking}, so the adapters "
                 "cannot be stacked for scanned layers. Load the model with scan_layers=False."
             )
-        parts = [layers[i] for i in range(num_layers)]
+        parts = [layers[i] for i in every]
         if len({(p.rank, p.alpha, p.rslora) for p in parts}) > 1:
             raise AdapterMismatchError(
                 f"The adapters on '{where}' differ in rank or alpha between layers, so they cannot "

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.checkpoints._stored_names import stored_names
 from emloc_jax.errors import CheckpointError
-from emloc_jax.models import HfStorage, hf_storage, is_buffer
+from emloc_jax.models import HfStorage, hf_storage, is_buffer, layer_depths
 
 __all__ = ["Stored", "check_tensors", "listed"]
 
@@ -44,9 +44,10 @@ def check_tensors(
     Raises:
       CheckpointError: missing or unexpected tensors, or wrong shapes; all are listed.
     """
-    if config.num_layers > len(source.tensors):  # before a list is made of what they would need
+    layers = sum(layer_depths(config).values())
+    if layers > len(source.tensors):  # before a list is made of what they would need
         raise CheckpointError(
-            f"{where} has {len(source.tensors)} tensors, too few for the {config.num_layers} "
+            f"{where} has {len(source.tensors)} tensors, too few for the {layers} "
             "layers of its config. Check that config.json and the weights belong together."
         )
     storage = hf_storage(config)
@@ -78,7 +79,7 @@ def check_tensors(
                 "there are: load_pretrained(..., num_labels=…)."
             )
         raise CheckpointError(
-            f"{where} does not fit its own config ({config.model_type}, {config.num_layers} layers,"
+            f"{where} does not fit its own config ({config.model_type}, {layers} layers,"
             f" width {config.hidden_size}):\n{listed(problems)}\n{advice}"
         )
     fresh = tuple(path for path in storage.tensors if path not in wanted)

@@ -36,8 +36,8 @@ def copy_side_files(
     config = folder / "config.json"
     if hf_config is not None:
         _write_json(config, hf_config)
-    if dtype is not None:
-        text = json.loads(config.read_text(encoding="utf-8"))
+    text = json.loads(config.read_text(encoding="utf-8"))
+    if dtype is not None and "_class_name" not in text:  # diffusers keeps no dtype there
         text["torch_dtype" if "torch_dtype" in text else "dtype"] = dtype
         _write_json(config, text)
 

@@ -13,7 +13,7 @@ from emloc_jax.checkpoints._layers import scanned_path
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from emloc_jax.kernels import flatten_leaves
-from emloc_jax.models import hf_tensor_names
+from emloc_jax.models import hf_tensor_names, layer_depths
 
 __all__ = ["nest", "parameter_dtype", "parameter_shapes", "read_params"]
 
@@ -52,14 +52,15 @@ def parameter_shapes(
     What is made afresh has the type of the token embedding.
     """
     names = hf_tensor_names(config)
-    embedding = names["embed_tokens/embedding"].name
+    depths = layer_depths(config)
     shapes: dict[str, Any] = {}
     for path, tensor in names.items():
-        name = stored.names[embedding if path in stored.fresh else tensor.name]
+        like = names["embed_tokens/embedding"] if path in stored.fresh else tensor
+        name = stored.names[like.name]
         # GGUF quantisations are dequantised to fp32.
         found = NUMPY_DTYPES.get(source.tensors[name].dtype, NUMPY_DTYPES["F32"])
         where, layer = scanned_path(path) if scan_layers else (path, None)
-        stack = () if layer is None else (config.num_layers,)
+        stack = () if layer is None else (depths[where.split("/")[0]],)
         wanted = dtype or found
         if where in shapes:  # layers stored in different types share the widest
             wanted = np.promote_types(wanted, shapes[where].dtype)

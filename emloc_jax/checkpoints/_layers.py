@@ -10,9 +10,11 @@ import numpy as np
 
 from emloc_jax.kernels import flatten_leaves, materialize
 
-__all__ = ["LayerLeaf", "LazyLeaf", "is_scanned", "layer_leaves", "scanned_path"]
+__all__ = ["LayerLeaf", "LazyLeaf", "is_scanned", "layer_leaves", "scanned_path", "unrolled_paths"]
 
-_UNROLLED = re.compile(r"layers/(\d+)/(.+)")
+# A model may have several kinds of layers, `double_layers` and `single_layers` say.
+_LAYER = re.compile(r"((?:\w+_)?layers)/(.+)")
+_UNROLLED = re.compile(r"((?:\w+_)?layers)/(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def is_scanned(paths: Any) -> bool:
     >>> is_scanned(["layers/mlp/up_proj/kernel"]), is_scanned(["layers/3/mlp/up_proj/kernel"])
     (True, False)
     """
-    return any(path.startswith("layers/") and not _UNROLLED.fullmatch(path) for path in paths)
+    return any(_LAYER.fullmatch(path) and not _UNROLLED.fullmatch(path) for path in paths)
 
 
 def scanned_path(path: str) -> tuple[str, int | None]:
@@ -76,7 +78,17 @@ def scanned_path(path: str) -> tuple[str, int | None]:
     (('layers/mlp/up_proj/kernel', 3), ('norm/scale', None))
     """
     match = _UNROLLED.fullmatch(path)
-    return (f"layers/{match[2]}", int(match[1])) if match else (path, None)
+    return (f"{match[1]}/{match[3]}", int(match[2])) if match else (path, None)
+
+
+def unrolled_paths(path: str, depth: int) -> list[tuple[str, int]]:
+    """Unrolled paths and layers of a path in the scanned tree; none outside the layers.
+
+    >>> unrolled_paths("layers/norm/scale", 2), unrolled_paths("norm/scale", 2)
+    ([('layers/0/norm/scale', 0), ('layers/1/norm/scale', 1)], [])
+    """
+    match = _LAYER.fullmatch(path)
+    return [(f"{match[1]}/{i}/{match[2]}", i) for i in range(depth)] if match else []
 
 
 def layer_leaves(params: Mapping[str, Any]) -> dict[str, LayerLeaf]:
@@ -91,9 +103,10 @@ def layer_leaves(params: Mapping[str, Any]) -> dict[str, LayerLeaf]:
         return {path: LayerLeaf(leaf, None) for path, leaf in leaves.items()}
     split = {}
     for path, leaf in leaves.items():
-        if not path.startswith("layers/"):
+        depth = jax.tree.leaves(leaf)[0].shape[0] if _LAYER.fullmatch(path) else None
+        if depth is None:
             split[path] = LayerLeaf(leaf, None)
             continue
-        for i in range(jax.tree.leaves(leaf)[0].shape[0]):
-            split[f"layers/{i}/{path.removeprefix('layers/')}"] = LayerLeaf(leaf, i)
+        for unrolled, i in unrolled_paths(path, depth):
+            split[unrolled] = LayerLeaf(leaf, i)
     return split

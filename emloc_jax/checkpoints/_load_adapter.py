@@ -12,6 +12,11 @@ import numpy as np
 
 from emloc_jax.adapters import Adapter
 from emloc_jax.checkpoints._adapter_layers import join_layers
+from emloc_jax.checkpoints._diffusers_adapter import (
+    DIFFUSERS_WEIGHTS,
+    diffusers_scales,
+    is_alpha,
+)
 from emloc_jax.checkpoints._dtypes import all_finite
 from emloc_jax.checkpoints._fingerprint import base_fingerprint
 from emloc_jax.checkpoints._hf_check import listed
@@ -22,11 +27,11 @@ from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.checkpoints._stored_names import stored_names
 from emloc_jax.errors import AdapterMismatchError, NonFiniteError
-from emloc_jax.models import hf_storage
+from emloc_jax.models import hf_storage, layer_depths
 
 __all__ = ["AdapterInfo", "adapter_info", "load_adapter"]
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+_KEY = re.compile(r"(?:base_model\.model|transformer)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # With lm_head among the targets, PEFT stores copies of the base's own embedding or head as well.
 _COPY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 
@@ -58,7 +63,8 @@ def load_adapter(
     """Read a PEFT LoRA folder into {path: Adapter}, in fp32, with its own alphas and rsLoRA.
 
     Args:
-      folder: `adapter_model.safetensors` and `adapter_config.json`.
+      folder: `adapter_model.safetensors` and `adapter_config.json`, or diffusers'
+        `pytorch_lora_weights.safetensors`.
       base: the model that the adapters are for, or its config.
       scan_layers: paths and stacked factors of the scanned tree; None: as the base is.
       check_base: refuse an adapter of ours made for a base with another fingerprint. Foreign
@@ -71,8 +77,11 @@ def load_adapter(
     """
     folder = Path(folder)
     config = base.config if isinstance(base, Pretrained) else base
-    scales = read_peft_config(folder, conv1d=has_conv1d(config))
     source = _open(folder)
+    if source.files[0].name == DIFFUSERS_WEIGHTS:
+        scales = diffusers_scales(source)
+    else:
+        scales = read_peft_config(folder, conv1d=has_conv1d(config))
     info = _info(source)
     linear = {module: (path, *size) for path, (module, *size) in linear_modules(config).items()}
     own = _Own.of(base) if isinstance(base, Pretrained) else None
@@ -101,11 +110,14 @@ def load_adapter(
         )
     if scan_layers is None:
         scan_layers = isinstance(base, Pretrained) and base.model.scan_layers
-    return join_layers(adapters, config.num_layers) if scan_layers else adapters
+    return join_layers(adapters, layer_depths(config)) if scan_layers else adapters
 
 
 def _open(folder: Path) -> SafetensorsSource:
-    return SafetensorsSource([folder / "adapter_model.safetensors"])
+    foreign = folder / DIFFUSERS_WEIGHTS
+    return SafetensorsSource(
+        [foreign if foreign.is_file() else folder / "adapter_model.safetensors"]
+    )
 
 
 def _info(source: SafetensorsSource) -> AdapterInfo:
@@ -128,7 +140,7 @@ def _pairs(
     problems = []
     for key in source.tensors:
         match = _KEY.fullmatch(key)
-        if match is None and own is not None and own.has(source, key):
+        if match is None and (is_alpha(key) or (own is not None and own.has(source, key))):
             continue
         if match is None:
             problems.append(f"{key}: not a LoRA factor of a linear layer")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from emloc_jax.adapters import Adapter
 from emloc_jax.errors import AdapterMismatchError, CheckpointError
 
-__all__ = ["PeftScales", "peft_config", "read_peft_config"]
+__all__ = ["PeftScales", "peft_config", "read_peft_config", "scales_of_config"]
 
 # Options of peft.LoraConfig that change the forward pass, the base weights or the set of tensors
 # in a way that an `Adapter` cannot express. They are refused unless unset.
@@ -150,8 +150,27 @@ def read_peft_config(folder: Path, *, conv1d: bool = False) -> PeftScales:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no adapter_config.json, so it is no PEFT adapter.")
+    return scales_of_config(file.read_text(encoding="utf-8"), file, conv1d=conv1d)
+
+
+def scales_of_config(
+    text: str, file: Path, *, prefix: str = "", conv1d: bool = False
+) -> PeftScales:
+    """The same of a config's text.
+
+    Args:
+      text: JSON.
+      file: where it was found, for messages.
+      prefix: of the keys, as diffusers puts one before them.
+      conv1d: see `read_peft_config`.
+
+    Raises:
+      CheckpointError: it is no PEFT config.
+      AdapterMismatchError: see `read_peft_config`.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(text)
+        config = {key.removeprefix(prefix): said[key] for key in said if key.startswith(prefix)}
         if conv1d:
             config.pop("fan_in_fan_out", None)
         refused = _unsupported(config)
@@ -191,25 +210,38 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     common = Counter(values.values()).most_common(1)[0][0]
     by_end: dict[str, set[Any]] = {}
     for module, value in values.items():
-        by_end.setdefault(module.rsplit(".", 1)[-1], set()).add(value)
+        by_end.setdefault(_end(module), set()).add(value)
     patterns = {}
     for module, value in values.items():
         if value != common:
-            end = module.rsplit(".", 1)[-1]
-            patterns[end if len(by_end[end]) == 1 else module] = value
+            end = _end(module)
+            # A bare pattern is sought at the end of every name, `x.proj_out` for `proj_out`.
+            whole = module if "." in module else f"^{module}"
+            patterns[end if len(by_end[end]) == 1 else whole] = value
     return common, patterns
 
 
-def _targets(modules: set[str], every: Iterable[str]) -> list[str]:
-    """`q_proj` where all modules of that name have an adapter, else the full names."""
+def _end(module: str) -> str:
+    """The last part of a name, with what is before a number: `q_proj`, but `to_out.0`."""
+    parts = module.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _targets(modules: set[str], every: Iterable[str]) -> list[str] | str:
+    """`q_proj` where all modules of that name have an adapter, else the full names.
+
+    A full name without a dot would also be found at the end of others (FLUX's last `proj_out` in
+    those of its blocks), so then all is said by one regular expression.
+    """
     ends: dict[str, set[str]] = {}
     for module in every:
-        ends.setdefault(module.rsplit(".", 1)[-1], set()).add(module)
+        ends.setdefault(_end(module), set()).add(module)
     names = set()
     for module in modules:
-        end = module.rsplit(".", 1)[-1]
+        end = _end(module)
         names.add(end if ends.get(end, {module}) <= modules else module)
-    return sorted(names)
+    found = {m for m in {*every, *modules} if any(f".{m}".endswith(f".{name}") for name in names)}
+    return sorted(names) if found == modules else "|".join(map(re.escape, sorted(modules)))
 
 
 def _resolve(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

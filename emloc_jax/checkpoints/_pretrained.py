@@ -15,7 +15,7 @@ from emloc_jax.checkpoints._gguf_tokenizer import tokenizer_from_gguf
 from emloc_jax.checkpoints._hf_check import check_tensors
 from emloc_jax.checkpoints._hf_read import parameter_dtype, parameter_shapes, read_params
 from emloc_jax.checkpoints._locate import locate
-from emloc_jax.checkpoints._safetensors_read import SafetensorsSource
+from emloc_jax.checkpoints._safetensors_read import STEMS, SafetensorsSource
 from emloc_jax.errors import CheckpointError
 from emloc_jax.models import Remat, config_from_hf, model_from_config
 
@@ -31,8 +31,9 @@ class Pretrained:
     """A model, its parameters, its tokenizer, and where they came from.
 
     Attributes:
-      config: the model's shape: a `DecoderConfig`, `Gpt2Config` or `EncoderConfig`.
-      model: the linen module, a `Decoder`, `Gpt2` or `Encoder`;
+      config: the model's shape: a `DecoderConfig`, `Gpt2Config`, `EncoderConfig`
+        or `FluxConfig`.
+      model: the linen module, a `Decoder`, `Gpt2`, `Encoder` or `Flux`;
         `model.apply({"params": params}, tokens)`.
       params: nested dictionary of arrays, or of `jax.ShapeDtypeStruct` if loaded abstract.
       tokenizer: a `transformers` tokenizer, or None.
@@ -68,7 +69,7 @@ def load_pretrained(
     num_labels: int | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """Load a decoder of the Llama family, a GPT-2, or a BERT or RoBERTa encoder.
+    """Load a decoder of the Llama family, a GPT-2, a BERT or RoBERTa encoder, or a FLUX.
 
     Config, headers, file sizes, names and shapes are checked before any number is read; then each
     tensor is read from a memory map on its own. Every parameter must have exactly one tensor and
@@ -79,8 +80,9 @@ def load_pretrained(
     was made is told in `Pretrained.fresh` and in the log. Dropout is never applied.
 
     Args:
-      source: a Hugging Face folder (one safetensors file, or shards with an index), a hub id, or
-        a `.gguf` file, which is dequantised to fp32.
+      source: a Hugging Face folder (one safetensors file, or shards with an index; of a diffusers
+        pipeline the folder `transformer`), a hub id, or a `.gguf` file, which is dequantised to
+        fp32.
       dtype: of the parameters; None: as stored.
       compute_dtype: of the computation, fp32 or bf16.
       scan_layers: stack the layers' parameters and scan over them.
@@ -144,6 +146,11 @@ def open_source(path: Path) -> tuple[SafetensorsSource | GgufSource, dict[str, A
         source = GgufSource(path)
         return source, source.hf_config
     config = path / "config.json"
+    if not config.is_file() and (path / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{path} is a whole diffusers pipeline. Give the folder of its transformer, "
+            f"{path / 'transformer'}."
+        )
     if not config.is_file():
         raise CheckpointError(f"{path} holds no config.json, so it is no Hugging Face folder.")
     try:
@@ -153,7 +160,7 @@ def open_source(path: Path) -> tuple[SafetensorsSource | GgufSource, dict[str, A
     except ValueError as error:
         raise CheckpointError(f"{config} cannot be read: {error}. Get it again.") from error
     config_from_hf(hf_config)  # an unsupported model is told before missing weights are
-    return SafetensorsSource.of_folder(path), hf_config
+    return SafetensorsSource.of_folder(path, STEMS["_class_name" in hf_config]), hf_config
 
 
 def _tokenizer(path: Path, weights: SafetensorsSource | GgufSource) -> Any:

@@ -12,10 +12,11 @@ from emloc_jax.checkpoints._source import TensorInfo
 from emloc_jax.errors import CheckpointError
 from emloc_jax.models import is_buffer
 
-__all__ = ["SafetensorsSource", "read_index"]
+__all__ = ["STEMS", "SafetensorsSource", "read_index"]
 
 _AGAIN = "Get the file again from where it came from."
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# transformers calls a weights file so, and diffusers calls it so.
+STEMS = ("model", "diffusion_pytorch_model")
 
 
 class SafetensorsSource:
@@ -67,23 +68,29 @@ class SafetensorsSource:
             self.tensors[name] = TensorInfo(tuple(entry.get_shape()), dtype, file)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> "SafetensorsSource":
+    def of_folder(cls, folder: Path, stem: str = STEMS[0]) -> "SafetensorsSource":
         """The checkpoint of a Hugging Face folder, in one file or in shards with an index.
+
+        Args:
+          folder: the folder.
+          stem: what its weights files are called, one of `STEMS`.
 
         Raises:
           CheckpointError: there are no safetensors, a shard is missing, or index and shards
             disagree about which tensors there are and where.
         """
-        if (folder / SINGLE).is_file():
-            return cls([folder / SINGLE])
-        if not (folder / INDEX).is_file():
-            raise CheckpointError(_no_weights(folder))
-        index = read_index(folder / INDEX)
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return cls([single])
+        index_file = folder / f"{single.name}.index.json"
+        if not index_file.is_file():
+            raise CheckpointError(_no_weights(folder, single.name, index_file.name))
+        index = read_index(index_file)
         files = sorted({folder / shard for shard in index.values()})
         lost = [file.name for file in files if not file.is_file()]
         if lost:
             raise CheckpointError(
-                f"{folder / INDEX} names {len(lost)} missing shard(s): {', '.join(lost)}. "
+                f"{index_file} names {len(lost)} missing shard(s): {', '.join(lost)}. "
                 "Put them into the same folder, or download the checkpoint again."
             )
         source = cls(files)
@@ -100,7 +107,7 @@ class SafetensorsSource:
                 for name in wrong[:8]
             )
             raise CheckpointError(
-                f"{folder / INDEX} and its shards disagree about {len(wrong)} tensor(s): "
+                f"{index_file} and its shards disagree about {len(wrong)} tensor(s): "
                 f"{listed}. {_AGAIN}"
             )
         return source
@@ -157,7 +164,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, single: str, index: str) -> str:
     others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pth", ".msgpack"})
     found = f" It holds {', '.join(others[:4])}: save those as safetensors first." if others else ""
-    return f"{folder} has neither {SINGLE} nor {INDEX}.{found}"
+    return f"{folder} has neither {single} nor {index}.{found}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, all_finite
+from emloc_jax.checkpoints._safetensors_read import STEMS
 from emloc_jax.errors import CheckpointError, NonFiniteError
 
 __all__ = [
@@ -136,7 +137,8 @@ def plan_shards(plans: list[TensorPlan], largest: int) -> dict[str, list[TensorP
 
 def write_index(folder: Path, shards: Mapping[str, list[TensorPlan]]) -> None:
     """Writes the index of several shards into `folder`; a single file has none."""
-    if list(shards) == ["model.safetensors"]:
+    stem = next((stem for stem in reversed(STEMS) if next(iter(shards)).startswith(stem)), STEMS[0])
+    if list(shards) == [f"{stem}.safetensors"]:
         return
     every = [plan for plans in shards.values() for plan in plans]
     index = {
@@ -147,4 +149,4 @@ def write_index(folder: Path, shards: Mapping[str, list[TensorPlan]]) -> None:
         "weight_map": {plan.name: shard for shard, plans in shards.items() for plan in plans},
     }
     text = json.dumps(index, indent=2) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Linen models of three kinds (Llama family, GPT-2, BERT and RoBERTa), their Hugging Face names."""
+"""Linen models (Llama family, GPT-2, BERT and RoBERTa, FLUX) and their Hugging Face names."""
 
 from emloc_jax.models.architectures import supported_classes
 from emloc_jax.models.block_source import BlockSource, MemoryBlocks
@@ -10,12 +10,15 @@ from emloc_jax.models.decoder import Decoder
 from emloc_jax.models.encoder import Encoder
 from emloc_jax.models.encoder_config import EncoderConfig
 from emloc_jax.models.families import supported_architectures
+from emloc_jax.models.flux import Flux
+from emloc_jax.models.flux_config import FluxConfig
+from emloc_jax.models.flux_latents import grid_ids, pack_latents, unpack_latents
 from emloc_jax.models.generation import check_settings, choose_token, generate, row_keys
 from emloc_jax.models.gpt2 import Gpt2
 from emloc_jax.models.gpt2_config import Gpt2Config
 from emloc_jax.models.hf_names import hf_storage, hf_tensor_names, is_buffer
 from emloc_jax.models.hf_storage import HfStorage, HfTensor
-from emloc_jax.models.layer_layout import stack_layers, unstack_layers
+from emloc_jax.models.layer_layout import layer_depths, stack_layers, unstack_layers
 from emloc_jax.models.layer_stack import Remat
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.registry import config_from_hf, model_from_config, model_from_hf
@@ -30,6 +33,8 @@ __all__ = [
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "Flux",
+    "FluxConfig",
     "Gpt2",
     "Gpt2Config",
     "HfStorage",
@@ -43,18 +48,22 @@ __all__ = [
     "choose_token",
     "row_keys",
     "check_prompts",
+    "pack_latents",
     "pad_prompts",
     "generate",
+    "grid_ids",
     "grow_cache",
     "hf_storage",
     "hf_tensor_names",
     "init_cache",
     "is_buffer",
+    "layer_depths",
     "model_from_config",
     "model_from_hf",
     "sample_tokens",
     "stack_layers",
     "supported_architectures",
     "supported_classes",
+    "unpack_latents",
     "unstack_layers",
 ]

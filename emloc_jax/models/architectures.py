@@ -14,6 +14,9 @@ from emloc_jax.models.encoder import Encoder
 from emloc_jax.models.encoder_config import ENCODER_CLASSES, EncoderConfig
 from emloc_jax.models.encoder_names import encoder_storage, fit_pooler
 from emloc_jax.models.families import supported_architectures
+from emloc_jax.models.flux import Flux
+from emloc_jax.models.flux_config import FLUX_CLASSES, FluxConfig
+from emloc_jax.models.flux_names import flux_storage
 from emloc_jax.models.gpt2 import Gpt2
 from emloc_jax.models.gpt2_config import GPT2_CLASSES, Gpt2Config
 from emloc_jax.models.gpt2_names import gpt2_storage
@@ -31,7 +34,7 @@ class Architecture:
         model: its linen module, made as ``model(config, **options)``.
         storage: config to where its parameters lie in a checkpoint.
         model_types: ``model_type`` of its families.
-        classes: the classes of transformers that it runs.
+        classes: the classes of transformers or diffusers that it runs.
         fit: ``(config, tensor names) -> config``, with what ``config.json`` leaves unsaid.
     """
 
@@ -52,19 +55,20 @@ _TABLE = (
     Architecture(
         EncoderConfig, Encoder, encoder_storage, ("bert", "roberta"), ENCODER_CLASSES, fit_pooler
     ),
+    Architecture(FluxConfig, Flux, flux_storage, (), FLUX_CLASSES),
 )
 
 
 def supported_classes() -> tuple[str, ...]:
-    """Every class of transformers whose checkpoints are read, as ``architectures`` names it.
+    """Every class of transformers and diffusers whose checkpoints are read.
 
     Returns:
-        Their names.
+        Their names, as ``architectures`` or ``_class_name`` in ``config.json`` have them.
 
     Example:
         >>> from emloc_jax.models import supported_classes
         >>> supported_classes()[-2:]
-        ('RobertaForSequenceClassification', 'RobertaForMaskedLM')
+        ('RobertaForMaskedLM', 'FluxTransformer2DModel')
     """
     return tuple(name for architecture in _TABLE for name in architecture.classes)
 
@@ -76,13 +80,16 @@ def architecture_of(hf_config: Mapping[str, Any]) -> Architecture:
         hf_config: the parsed ``config.json``.
 
     Returns:
-        The row, by ``model_type`` or, without one, by ``architectures``.
+        The row, by ``model_type`` or, without one, by ``architectures``; of a diffusers model by
+        ``_class_name``.
 
     Raises:
         UnsupportedArchitectureError: no row has it; the message lists the supported classes.
     """
     model_type = hf_config.get("model_type")
     named = list(hf_config.get("architectures") or ())
+    if "_class_name" in hf_config:  # diffusers
+        named, model_type = [hf_config["_class_name"]], None
     for row in _TABLE:
         if model_type in row.model_types or (model_type is None and set(named) & set(row.classes)):
             return row
@@ -96,7 +103,7 @@ def architecture_of_config(config: Any) -> Architecture:
     """The row of the table for a config dataclass.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config`` or ``EncoderConfig``.
+        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
 
     Returns:
         The row.

@@ -23,7 +23,7 @@ def hf_storage(config: Any) -> HfStorage:
     """How the parameters of a model lie in a Hugging Face checkpoint.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config`` or ``EncoderConfig``.
+        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
 
     Returns:
         Its storage.
@@ -35,7 +35,7 @@ def hf_tensor_names(config: Any) -> dict[str, HfTensor]:
     """Every parameter of the unrolled tree with its Hugging Face tensor, in model order.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config`` or ``EncoderConfig``.
+        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
 
     Returns:
         Parameter path to ``HfTensor``. With tied embeddings there is no head on either side.

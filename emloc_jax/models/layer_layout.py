@@ -11,15 +11,32 @@ import numpy as np
 
 from emloc_jax.errors import ConfigError
 
-__all__ = ["stack_layers", "unstack_layers"]
+__all__ = ["layer_depths", "stack_layers", "unstack_layers"]
 
 
-def stack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def layer_depths(config: Any) -> dict[str, int]:
+    """How many layers of each kind a model has, by the name that its tree has for them.
+
+    Args:
+        config: of any model here.
+
+    Returns:
+        ``{'layers': L}``, or what a model with several kinds of layers says.
+
+    Example:
+        >>> from emloc_jax.models import FluxConfig, layer_depths
+        >>> layer_depths(FluxConfig())
+        {'double_layers': 19, 'single_layers': 38}
+    """
+    return dict(getattr(config, "layer_depths", None) or {"layers": config.num_layers})
+
+
+def stack_layers(params: Mapping[str, Any], num_layers: int | Mapping[str, int]) -> dict[str, Any]:
     """The scanned tree of an unrolled one: ``layers/0/…, layers/1/…`` become ``layers/…``.
 
     Args:
         params: unrolled parameters; leaves may be boxes, whose arrays are stacked.
-        num_layers: L.
+        num_layers: L, or the ``layer_depths`` of a model with several kinds of layers.
 
     Returns:
         A new dict in which every leaf under ``layers`` has a leading axis L. NumPy leaves stay on
@@ -36,24 +53,35 @@ def stack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         >>> stack_layers(params, 2)["layers"]["scale"].shape
         (2, 4)
     """
-    names = [str(index) for index in range(num_layers)]
-    if set(params["layers"]) != set(names):
+    stacked = {kind: _stacked(params, kind, depth) for kind, depth in _depths(num_layers).items()}
+    return {**params, **stacked}
+
+
+def _depths(num_layers: int | Mapping[str, int]) -> Mapping[str, int]:
+    return num_layers if isinstance(num_layers, Mapping) else {"layers": num_layers}
+
+
+def _stacked(params: Mapping[str, Any], kind: str, depth: int) -> Any:
+    names = [str(index) for index in range(depth)]
+    if set(params[kind]) != set(names):
         raise ConfigError(
-            f"Unrolled layers 0 to {num_layers - 1} were asked to be stacked, but the parameters "
-            f"hold layers {sorted(params['layers'])}. Pass the num_layers of their config."
+            f"Unrolled {kind} 0 to {depth - 1} were asked to be stacked, but the parameters "
+            f"hold layers {sorted(params[kind])}. Pass the num_layers of their config."
         )
-    layers = [params["layers"][name] for name in names]
+    layers = [params[kind][name] for name in names]
     for name, layer in zip(names, layers, strict=True):
         _require_same(layers[0], layer, name)
-    return {**params, "layers": jax.tree.map(_stack, *layers)}
+    return jax.tree.map(_stack, *layers)
 
 
-def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def unstack_layers(
+    params: Mapping[str, Any], num_layers: int | Mapping[str, int]
+) -> dict[str, Any]:
     """The unrolled tree of a scanned one; the inverse of ``stack_layers``.
 
     Args:
         params: scanned parameters; leaves may be boxes.
-        num_layers: L.
+        num_layers: L, or the ``layer_depths`` of a model with several kinds of layers.
 
     Returns:
         A new dict with ``layers/0/…`` to ``layers/{L-1}/…``.
@@ -67,18 +95,22 @@ def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]
         >>> unstack_layers({"layers": {"scale": np.ones((2, 4))}}, 2)["layers"]["1"]["scale"].shape
         (4,)
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
-        if leaf.shape[:1] != (num_layers,):
+    split = {kind: _unstacked(params, kind, depth) for kind, depth in _depths(num_layers).items()}
+    return {**params, **split}
+
+
+def _unstacked(params: Mapping[str, Any], kind: str, depth: int) -> dict[str, Any]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params[kind]):
+        if leaf.shape[:1] != (depth,):
             raise ConfigError(
-                f"{num_layers} scanned layers were asked to be unrolled, but "
-                f"layers{jax.tree_util.keystr(path)} has shape {leaf.shape}. Pass scanned "
+                f"{depth} scanned layers were asked to be unrolled, but "
+                f"{kind}{jax.tree_util.keystr(path)} has shape {leaf.shape}. Pass scanned "
                 "parameters and the num_layers of their config."
             )
-    layers = {
-        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        for index in range(num_layers)
+    return {
+        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], params[kind])
+        for index in range(depth)
     }
-    return {**params, "layers": layers}
 
 
 def _stack(*leaves: Any) -> Any:

@@ -25,11 +25,22 @@ from emloc_jax.training._evaluate import (
     evaluate_loss,
     mean_loss,
 )
+from emloc_jax.training._flow_batches import FlowBatches
+from emloc_jax.training._flow_loss import make_flow_loss, noisy_latents
+from emloc_jax.training._flow_sampler import euler_sample, flow_velocity
+from emloc_jax.training._flow_times import (
+    TimeSampling,
+    draw_times,
+    resolution_shift,
+    sampling_times,
+    shift_times,
+)
 from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_rows
 from emloc_jax.training._hub_rows import hub_records, read_hub_rows
 from emloc_jax.training._instructions import read_instruction_rows
 from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
 from emloc_jax.training._labelled_rows import LabelledRow, read_labelled_rows
+from emloc_jax.training._latents import LatentData, read_latents, write_latents
 from emloc_jax.training._loop import TrainResult, train
 from emloc_jax.training._loss import Loss, chunked_cross_entropy, make_head_loss, make_loss
 from emloc_jax.training._metrics_file import read_metrics
@@ -57,9 +68,11 @@ __all__ = [
     "Batches",
     "Combine",
     "Example",
+    "FlowBatches",
     "GenerationReport",
     "GlueTask",
     "LabelReport",
+    "LatentData",
     "LabelledExample",
     "LabelledRow",
     "Loss",
@@ -68,6 +81,7 @@ __all__ = [
     "Row",
     "RunCheckpoints",
     "Score",
+    "TimeSampling",
     "TrainResult",
     "TrainState",
     "TrainStep",
@@ -76,9 +90,12 @@ __all__ = [
     "chunked_cross_entropy",
     "cut_batch",
     "decays",
+    "draw_times",
     "encode_labelled_rows",
     "encode_rows",
+    "euler_sample",
     "evaluate_generation",
+    "flow_velocity",
     "evaluate_labels",
     "evaluate_loss",
     "mean_loss",
@@ -91,6 +108,7 @@ __all__ = [
     "label_metrics",
     "label_names",
     "last_number",
+    "make_flow_loss",
     "make_head_loss",
     "make_label_head_loss",
     "make_label_logits",
@@ -100,6 +118,7 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "make_update",
+    "noisy_latents",
     "packed_batches",
     "pad_examples",
     "pad_labelled_examples",
@@ -110,9 +129,14 @@ __all__ = [
     "read_hub_rows",
     "read_instruction_rows",
     "read_labelled_rows",
+    "read_latents",
     "read_metrics",
     "read_rows",
     "register_score",
+    "resolution_shift",
+    "sampling_times",
     "score_named",
+    "shift_times",
     "train",
+    "write_latents",
 ]

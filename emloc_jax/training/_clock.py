@@ -57,4 +57,6 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch that are not padding."""
     if "segments" in batch:
         return int(np.count_nonzero(batch["segments"]))
+    if "latents" in batch:
+        return int(np.prod(batch["latents"].shape[:2]))
     return int(next(iter(batch.values())).size)
