@@ -52,7 +52,9 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """``x + s ⊙ attention(norm(x))``, then ``x + s' ⊙ mlp(norm(x))``; s and s' are 1 but in InternViT.
+    """``x + s ⊙ attention(norm(x))``, then ``x + t ⊙ mlp(norm(x))``.
+
+    The vectors s and t are InternViT's; elsewhere they are 1.
 
     Attributes:
         config: the encoder's shape.

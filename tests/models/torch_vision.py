@@ -105,7 +105,7 @@ def channels_first(pixels):
 def torch_outputs(variant, pixels, **inputs):
     with torch.no_grad():
         model = torch_model(variant)
-        model = getattr(model, "vision_model") if variant == "siglip-both" else model
+        model = model.vision_model if variant == "siglip-both" else model
         return model(pixel_values=channels_first(pixels), **inputs)
 
 
