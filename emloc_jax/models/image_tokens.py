@@ -46,7 +46,7 @@ def check_images(
             raise DataError(
                 f"{where}: {count} image tokens for {own} tiles of {config.tile_tokens} tokens "
                 "each. Every image of a prompt is said by exactly its own tokens; make rows with "
-                "encode_image_text_rows."
+                "encode_rows and ImageTokens."
             )
 
 

@@ -27,6 +27,22 @@ from emloc_jax.training._evaluate import (
 )
 from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_rows
 from emloc_jax.training._hub_rows import hub_records, read_hub_rows
+from emloc_jax.training._image_file import image_size, open_image
+from emloc_jax.training._image_processor import ImageProcessor
+from emloc_jax.training._image_rows import (
+    ImageRow,
+    LabelledImage,
+    encode_image_rows,
+    pad_labelled_images,
+    read_image_folder,
+    read_image_rows,
+)
+from emloc_jax.training._image_tokens import (
+    ImageExample,
+    ImageTokens,
+    image_examples,
+    pad_image_examples,
+)
 from emloc_jax.training._instructions import read_instruction_rows
 from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
 from emloc_jax.training._labelled_rows import LabelledRow, read_labelled_rows
@@ -48,6 +64,7 @@ from emloc_jax.training._scores import (
 )
 from emloc_jax.training._state import TrainState, init_state
 from emloc_jax.training._step import Combine, TrainStep, make_train_step
+from emloc_jax.training._tiles import cut_tiles, tile_grid
 from emloc_jax.training._update import Update, cut_batch, make_update
 
 __all__ = [
@@ -59,7 +76,12 @@ __all__ = [
     "Example",
     "GenerationReport",
     "GlueTask",
+    "ImageExample",
+    "ImageProcessor",
+    "ImageRow",
+    "ImageTokens",
     "LabelReport",
+    "LabelledImage",
     "LabelledExample",
     "LabelledRow",
     "Loss",
@@ -75,7 +97,9 @@ __all__ = [
     "check_label_metrics",
     "chunked_cross_entropy",
     "cut_batch",
+    "cut_tiles",
     "decays",
+    "encode_image_rows",
     "encode_labelled_rows",
     "encode_rows",
     "evaluate_generation",
@@ -85,6 +109,8 @@ __all__ = [
     "exact_match",
     "glue_task",
     "hub_records",
+    "image_examples",
+    "image_size",
     "init_state",
     "json_equal",
     "label_inputs",
@@ -100,19 +126,25 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "make_update",
+    "open_image",
     "packed_batches",
     "pad_examples",
+    "pad_image_examples",
     "pad_labelled_examples",
+    "pad_labelled_images",
     "padded_batches",
     "prompt_text",
     "prompt_tokens",
     "read_glue_rows",
     "read_hub_rows",
+    "read_image_folder",
+    "read_image_rows",
     "read_instruction_rows",
     "read_labelled_rows",
     "read_metrics",
     "read_rows",
     "register_score",
     "score_named",
+    "tile_grid",
     "train",
 ]

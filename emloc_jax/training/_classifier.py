@@ -59,7 +59,8 @@ def make_label_logits(apply: Callable[..., Any]) -> Logits:
     """`logits(params, batch) -> (B, outputs)` of an encoder.
 
     Args:
-        apply: `model.apply` of an `Encoder` or `VisionEncoder` with a classification head, or an intercepted one.
+        apply: `model.apply` of an `Encoder` or `VisionEncoder` with a classification head, or an
+            intercepted one.
     """
     return lambda params, batch: apply({"params": params}, *label_inputs(batch))
 
