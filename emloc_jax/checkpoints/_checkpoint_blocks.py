@@ -103,8 +103,7 @@ class CheckpointBlocks:
         infinite = []
         for path, name in paths:
             tensor = self._tensors[path]
-            array = self._source.read(self._names[tensor.name])
-            array = array.T if tensor.transpose else array
+            array = tensor.to_parameter(self._source.read(self._names[tensor.name]))
             with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
                 array = np.array(array, self._dtypes[path] or NUMPY_DTYPES["F32"], order="C")
             if not all_finite(array):

@@ -29,7 +29,7 @@ def with_labels(config: Any, num_labels: int, source: WeightSource, where: str) 
     if not hasattr(config, "with_labels"):
         raise UnsupportedArchitectureError(
             f"num_labels={num_labels} was asked for, but a {config.model_type} model has no "
-            "classification head here; BERT and RoBERTa do. Leave num_labels out."
+            "classification head here; encoders of text and of images do. Leave num_labels out."
         )
     wanted = config.with_labels(num_labels)
     storage = hf_storage(wanted)

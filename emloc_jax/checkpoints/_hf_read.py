@@ -49,13 +49,14 @@ def parameter_shapes(
 ) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s, from the headers alone.
 
-    What is made afresh has the type of the token embedding.
+    What is made afresh has the type of the first tensor, which is an embedding.
     """
     names = hf_tensor_names(config)
     depths = layer_depths(config)
+    embedding = next(tensor for path, tensor in names.items() if path not in stored.fresh)
     shapes: dict[str, Any] = {}
     for path, tensor in names.items():
-        like = names["embed_tokens/embedding"] if path in stored.fresh else tensor
+        like = embedding if path in stored.fresh else tensor
         name = stored.names[like.name]
         # GGUF quantisations are dequantised to fp32.
         found = NUMPY_DTYPES.get(source.tensors[name].dtype, NUMPY_DTYPES["F32"])
@@ -104,8 +105,7 @@ def read_params(
             spread = config.initializer_range
             array = fresh_parameter(path, tensor.parameter_shape, spread, seed)
         else:
-            array = source.read(stored.names[tensor.name])
-            array = array.T if tensor.transpose else array
+            array = tensor.to_parameter(source.read(stored.names[tensor.name]))
         if layer is None:
             target = np.empty(array.shape, shapes[where].dtype)
         else:

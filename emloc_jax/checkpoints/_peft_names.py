@@ -11,6 +11,9 @@ __all__ = ["has_conv1d", "linear_modules", "tied_head_message"]
 def linear_modules(config: Any) -> dict[str, tuple[str, int, int]]:
     """Every linear layer: unrolled kernel path -> (module name, d_in, d_out).
 
+    Names are those of transformers' class. Convolutions, and products that are no module of their
+    own there, are left out.
+
     >>> from emloc_jax.models import DecoderConfig
     >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
     ...                        num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4)
@@ -19,9 +22,9 @@ def linear_modules(config: Any) -> dict[str, tuple[str, int, int]]:
     """
     modules = {}
     for path, tensor in hf_tensor_names(config).items():
-        if path.endswith("/kernel"):
-            d_in, d_out = tensor.parameter_shape
-            modules[path] = (tensor.name.removesuffix(".weight"), d_in, d_out)
+        name, shape = tensor.class_name, tensor.parameter_shape
+        if path.endswith("/kernel") and name.endswith(".weight") and len(shape) == 2:
+            modules[path] = (name.removesuffix(".weight"), *shape)
     return modules
 
 
@@ -33,7 +36,8 @@ def has_conv1d(config: Any) -> bool:
     True
     """
     tensors = hf_tensor_names(config).items()
-    return any(path.endswith("/kernel") and not tensor.transpose for path, tensor in tensors)
+    stored = [tensor for path, tensor in tensors if path.endswith("/kernel")]
+    return any(not (tensor.transpose or tensor.axes) for tensor in stored)
 
 
 def tied_head_message(path: str) -> AdapterMismatchError:

@@ -31,10 +31,9 @@ class Pretrained:
     """A model, its parameters, its tokenizer, and where they came from.
 
     Attributes:
-      config: the model's shape: a `DecoderConfig`, `Gpt2Config`, `EncoderConfig`
-        or `FluxConfig`.
-      model: the linen module, a `Decoder`, `Gpt2`, `Encoder` or `Flux`;
-        `model.apply({"params": params}, tokens)`.
+      config: the model's shape: a `DecoderConfig`, `EncoderConfig`, `VisionConfig` and so on.
+      model: the linen module, a `Decoder`, `Encoder`, `VisionEncoder` and so on;
+        `model.apply({"params": params}, tokens)`, of an image encoder `(…, pixels)`.
       params: nested dictionary of arrays, or of `jax.ShapeDtypeStruct` if loaded abstract.
       tokenizer: a `transformers` tokenizer, or None.
       source: the folder or GGUF file it was read from (a hub id: its folder in the cache).
@@ -69,7 +68,7 @@ def load_pretrained(
     num_labels: int | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """Load a decoder of the Llama family, a GPT-2, a BERT or RoBERTa encoder, or a FLUX.
+    """Load a decoder of the Llama family, a GPT-2, an encoder, an InternVL, or a FLUX.
 
     Config, headers, file sizes, names and shapes are checked before any number is read; then each
     tensor is read from a memory map on its own. Every parameter must have exactly one tensor and
@@ -118,9 +117,11 @@ def load_pretrained(
         _log.warning("%s lacks %s: made afresh.", path, ", ".join(stored.fresh))
     if stored.fresh or config != found:
         said = config.to_hf()
-        hf_config = hf_config | {
-            key: said[key] for key in ("architectures", "id2label", "label2id")
-        }
+        if said["model_type"] != hf_config.get("model_type", said["model_type"]):
+            hf_config = said  # the class with the head nests what the bare encoder says flat
+        else:
+            keys = ("architectures", "id2label", "label2id")
+            hf_config = hf_config | {key: said[key] for key in keys}
     words = _tokenizer(path, weights) if tokenizer else None
     model = model_from_config(
         config,

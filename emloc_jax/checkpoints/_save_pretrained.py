@@ -146,8 +146,7 @@ def pretrained_files(leaves: Leaves, like: Pretrained, dtype: Any = None) -> Pre
         if name not in names:
             return source.read(name)  # a buffer or another head that no parameter stands for
         path, tensor = names[name]
-        array = leaves[path].array()
-        return array.T if tensor.transpose else array
+        return tensor.to_stored(leaves[path].array())
 
     def metadata(shard: str) -> Mapping[str, str]:
         kept = {} if base is None else base.metadata[like.source / shard]
@@ -215,5 +214,6 @@ def _standard_plans(
     dtype: np.dtype | None,
 ) -> list[TensorPlan]:
     """Every tensor of the model under its Hugging Face name, in model order."""
-    stored = dtype or leaves["embed_tokens/embedding"].dtype
+    embedding = next(path for path, _ in names.values())  # the first, see `parameter_shapes`
+    stored = dtype or leaves[embedding].dtype
     return [TensorPlan(name, WORDS[stored], tensor.shape) for name, (_, tensor) in names.items()]

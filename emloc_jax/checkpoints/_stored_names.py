@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from emloc_jax.models import HfStorage
+from emloc_jax.models import HfStorage, HfTensor
 
 __all__ = ["stored_names"]
 
@@ -11,7 +11,7 @@ _OLD_WORDS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "Layer
 
 
 def stored_names(names: Collection[str], storage: HfStorage) -> dict[str, str]:
-    """The tensors that are there: name in transformers' class -> name in the checkpoint.
+    """The tensors that are there: name as `HfTensor` has it -> name in the checkpoint.
 
     A checkpoint of the bare model has no prefix (`wte.weight` for `transformer.wte.weight`), and
     one of a model with a head has it; either serves the other, as in transformers.
@@ -27,17 +27,18 @@ def stored_names(names: Collection[str], storage: HfStorage) -> dict[str, str]:
     """
     found = {}
     for tensor in storage.tensors.values():
-        for name in _spellings(tensor.name, storage.prefix):
+        for name in _spellings(tensor, storage.prefix):
             if name in names:
                 found[tensor.name] = name
                 break
     return found
 
 
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-    for spelling in (name, other):
-        yield spelling
-        for new, old in _OLD_WORDS:
-            if spelling.endswith(new):
-                yield spelling.removesuffix(new) + old
+def _spellings(tensor: HfTensor, prefix: str) -> Iterator[str]:
+    for name in (tensor.name, tensor.class_name):
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        for spelling in (name, other):
+            yield spelling
+            for new, old in _OLD_WORDS:
+                if spelling.endswith(new):
+                    yield spelling.removesuffix(new) + old

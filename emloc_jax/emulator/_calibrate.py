@@ -42,7 +42,9 @@ def calibrate(
       kernels: what to measure, by path, from `find_kernels`. Kernels without a handler are left out
         (and logged); so are tied embeddings.
       mask: `mask(batch)` gives a boolean array with the token axes of the inputs; tokens where it
-        is false are not counted. None counts every token.
+        is false are not counted. None counts every token. Where some kernels read patches and
+        others words, it gives `{regular expression: array}`; a kernel takes the first that matches
+        its whole path, and counts every token if none does.
       gradients: measure output gradients as well, by a backward pass with frozen weights.
       moments: `full` keeps `(d_in, d_in)` and `(d_out, d_out)` of every kernel (leave heads with a
         large vocabulary out of `kernels` then). `compact` keeps of the larger side only what
@@ -108,7 +110,7 @@ def calibration_step(
 
     def step(params: Any, sums: Sums, batch: Any) -> Sums:
         tokens = None if mask is None else mask(batch)
-        tokens = None if tokens is None else jnp.asarray(tokens, bool)
+        tokens = jax.tree.map(lambda part: jnp.asarray(part, bool), tokens)
 
         def scalar(phantoms: Sums) -> jax.Array:
             outputs = run({"params": taps.attach(params, phantoms, tokens)}, batch)

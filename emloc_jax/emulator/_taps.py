@@ -1,6 +1,7 @@
 """Taps on the kernels of a model, or of one block of it, and the sums that they fill."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,18 +89,22 @@ class Taps:
                 sums[path] = own
         return sums
 
-    def attach(self, params: Any, phantoms: Sums, tokens: jax.Array | None) -> Any:
+    def attach(
+        self, params: Any, phantoms: Sums, tokens: jax.Array | Mapping[str, jax.Array] | None
+    ) -> Any:
         """The parameters with taps that carry `phantoms`.
 
         Args:
           params: of the model or the block.
           phantoms: zeros, as from `zeros`.
           tokens: bool with the token axes of the inputs, true where a token counts; None: all do.
+            Where kernels have other token axes than others (patches, words), one of each by regular
+            expression: a kernel takes the first that matches its whole path, or counts all tokens.
         """
         taps = {}
         for path, own in phantoms.items():
             spec = self.specs[path]
-            where = tokens
+            where = _mask_of(tokens, path)
             if where is not None:  # `nn.scan` takes a slice per layer.
                 where = jnp.broadcast_to(where, (*spec.stack_shape, *where.shape))
             taps[path] = TappedKernel(get_leaf(params, path), mask=where, layout=spec.layout, **own)
@@ -167,6 +172,12 @@ def _measurable(kernels: Mapping[str, KernelSpec], include_tied: bool) -> dict[s
             "or have no handler. Pass others, `include_tied=True`, or register a handler."
         )
     return specs
+
+
+def _mask_of(tokens: Any, path: str) -> jax.Array | None:
+    if not isinstance(tokens, Mapping):
+        return tokens
+    return next((mask for rule, mask in tokens.items() if re.fullmatch(rule, path)), None)
 
 
 def _some(paths: list[str]) -> str:

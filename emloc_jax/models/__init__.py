@@ -1,4 +1,4 @@
-"""Linen models (Llama family, GPT-2, BERT and RoBERTa, FLUX) and their Hugging Face names."""
+"""Linen models (Llama family, GPT-2, BERT, ViT, SigLIP, InternVL, FLUX), and their names in files."""
 
 from emloc_jax.models.architectures import supported_classes
 from emloc_jax.models.block_source import BlockSource, MemoryBlocks
@@ -18,12 +18,17 @@ from emloc_jax.models.gpt2 import Gpt2
 from emloc_jax.models.gpt2_config import Gpt2Config
 from emloc_jax.models.hf_names import hf_storage, hf_tensor_names, is_buffer
 from emloc_jax.models.hf_storage import HfStorage, HfTensor
+from emloc_jax.models.image_tokens import check_images, image_token_masks
+from emloc_jax.models.internvl import InternVL
+from emloc_jax.models.internvl_config import InternVLConfig
 from emloc_jax.models.layer_layout import layer_depths, stack_layers, unstack_layers
 from emloc_jax.models.layer_stack import Remat
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.registry import config_from_hf, model_from_config, model_from_hf
 from emloc_jax.models.rope import RopeScaling
 from emloc_jax.models.sampling import sample_tokens
+from emloc_jax.models.vision_config import VisionConfig
+from emloc_jax.models.vision_encoder import VisionEncoder
 
 __all__ = [
     "BlockSource",
@@ -39,14 +44,19 @@ __all__ = [
     "Gpt2Config",
     "HfStorage",
     "HfTensor",
+    "InternVL",
+    "InternVLConfig",
     "MemoryBlocks",
     "Remat",
     "RopeScaling",
+    "VisionConfig",
+    "VisionEncoder",
     "block_stack",
     "config_from_hf",
     "check_settings",
     "choose_token",
     "row_keys",
+    "check_images",
     "check_prompts",
     "pack_latents",
     "pad_prompts",
@@ -55,6 +65,7 @@ __all__ = [
     "grow_cache",
     "hf_storage",
     "hf_tensor_names",
+    "image_token_masks",
     "init_cache",
     "is_buffer",
     "layer_depths",

@@ -21,6 +21,12 @@ from emloc_jax.models.gpt2 import Gpt2
 from emloc_jax.models.gpt2_config import GPT2_CLASSES, Gpt2Config
 from emloc_jax.models.gpt2_names import gpt2_storage
 from emloc_jax.models.hf_storage import HfStorage
+from emloc_jax.models.internvl import InternVL
+from emloc_jax.models.internvl_config import InternVLConfig
+from emloc_jax.models.internvl_names import internvl_storage
+from emloc_jax.models.vision_config import VISION_CLASSES, VisionConfig
+from emloc_jax.models.vision_encoder import VisionEncoder
+from emloc_jax.models.vision_names import fit_vision_pooler, vision_storage
 
 __all__ = ["Architecture", "architecture_of", "architecture_of_config", "supported_classes"]
 
@@ -55,6 +61,21 @@ _TABLE = (
     Architecture(
         EncoderConfig, Encoder, encoder_storage, ("bert", "roberta"), ENCODER_CLASSES, fit_pooler
     ),
+    Architecture(
+        VisionConfig,
+        VisionEncoder,
+        vision_storage,
+        tuple(VISION_CLASSES),
+        tuple(name for names in VISION_CLASSES.values() for name in names),
+        fit_vision_pooler,
+    ),
+    Architecture(
+        InternVLConfig,
+        InternVL,
+        internvl_storage,
+        ("internvl",),
+        ("InternVLForConditionalGeneration",),
+    ),
     Architecture(FluxConfig, Flux, flux_storage, (), FLUX_CLASSES),
 )
 
@@ -68,7 +89,7 @@ def supported_classes() -> tuple[str, ...]:
     Example:
         >>> from emloc_jax.models import supported_classes
         >>> supported_classes()[-2:]
-        ('RobertaForMaskedLM', 'FluxTransformer2DModel')
+        ('InternVLForConditionalGeneration', 'FluxTransformer2DModel')
     """
     return tuple(name for architecture in _TABLE for name in architecture.classes)
 
@@ -103,7 +124,7 @@ def architecture_of_config(config: Any) -> Architecture:
     """The row of the table for a config dataclass.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
+        config: of any model here.
 
     Returns:
         The row.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from emloc_jax.errors import ConfigError
 from emloc_jax.models.causal import CausalModel
 from emloc_jax.models.encoder import Encoder
+from emloc_jax.models.vision_encoder import VisionEncoder
 
 __all__ = ["BlockStack", "block_stack"]
 
@@ -63,19 +64,23 @@ class BlockStack:
 
 
 def block_stack(
-    model: CausalModel | Encoder, *, wrap: Callable[[Callable], Callable] = lambda apply: apply
+    model: CausalModel | Encoder | VisionEncoder,
+    *,
+    wrap: Callable[[Callable], Callable] = lambda apply: apply,
 ) -> BlockStack:
     """The block stack of any model of this room, for either layout of its layers.
 
     Args:
-        model: a ``Decoder``, a ``Gpt2`` or an ``Encoder``; its methods ``embed``, ``context``,
+        model: a ``Decoder``, ``Gpt2``, ``Encoder``, ``VisionEncoder`` or ``InternVL`` (whose blocks
+            are the decoder's); its methods ``embed``, ``context``,
             ``block`` and ``head`` are the parts.
         wrap: turns the ``apply`` of each part into another, ``kernels.intercept`` say, so that
             boxed kernels take their fast path here too.
 
     Returns:
-        The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``, and
-        for an ``Encoder`` ``token_types=None`` as well.
+        The stack; ``embed`` takes ``(params, tokens, positions=None, segments=None)``, for an
+        ``Encoder`` ``token_types=None`` as well, for an ``InternVL`` ``pixels=None``, and for a
+        ``VisionEncoder`` only ``(params, pixels)``.
 
     Raises:
         ConfigError: a model of another room.
@@ -94,10 +99,10 @@ def block_stack(
         >>> stack.head(params, x).shape
         (1, 5, 32)
     """
-    if not isinstance(model, CausalModel | Encoder):
+    if not isinstance(model, CausalModel | Encoder | VisionEncoder):
         raise ConfigError(
             f"The block stack of a {type(model).__name__} was asked for; those of this room's "
-            "Decoder, Gpt2 and Encoder are known. Declare a BlockStack for a model of yours."
+            "models are known. Declare a BlockStack for a model of yours."
         )
     apply_model, apply_block = wrap(model.apply), wrap(model.block().apply)
 

@@ -54,9 +54,14 @@ class Decoder(CausalModel):
 
     config: DecoderConfig
 
+    @property
+    def decoder_config(self) -> DecoderConfig:
+        """The decoder's shape; a model with more around it says where that is."""
+        return self.config
+
     def setup(self):
         """Declares the parts; ``layers`` is one block if they are scanned."""
-        c = self.config
+        c = self.decoder_config
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         normal = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=normal, **dtypes)
@@ -75,7 +80,11 @@ class Decoder(CausalModel):
     def block(self, name: str | None = None) -> DecoderBlock:
         """A new ``DecoderBlock`` of this model."""
         return DecoderBlock(
-            self.config, self.dtype, self.param_dtype, self.attention_implementation, name=name
+            self.decoder_config,
+            self.dtype,
+            self.param_dtype,
+            self.attention_implementation,
+            name=name,
         )
 
     @nn.nowrap
@@ -83,9 +92,9 @@ class Decoder(CausalModel):
         self, tokens: Array, positions: Array | None = None, segments: Array | None = None
     ) -> Context:
         """Rotary tables and the mask of whole sequences."""
-        return sequence_context(self.config, tokens.shape[1], positions, segments)
+        return sequence_context(self.decoder_config, tokens.shape[1], positions, segments)
 
     @nn.nowrap
     def cache_context(self, positions: Array, cached: Array) -> Context:
         """Rotary tables and the mask of new tokens that look into a cache."""
-        return cache_context(self.config, positions, cached)
+        return cache_context(self.decoder_config, positions, cached)

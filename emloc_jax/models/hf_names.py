@@ -23,7 +23,7 @@ def hf_storage(config: Any) -> HfStorage:
     """How the parameters of a model lie in a Hugging Face checkpoint.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
+        config: of any model here, a ``DecoderConfig`` say.
 
     Returns:
         Its storage.
@@ -35,7 +35,7 @@ def hf_tensor_names(config: Any) -> dict[str, HfTensor]:
     """Every parameter of the unrolled tree with its Hugging Face tensor, in model order.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
+        config: of any model here, a ``DecoderConfig`` say.
 
     Returns:
         Parameter path to ``HfTensor``. With tied embeddings there is no head on either side.
@@ -44,8 +44,9 @@ def hf_tensor_names(config: Any) -> dict[str, HfTensor]:
         >>> from emloc_jax.models import DecoderConfig, hf_tensor_names
         >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
         ...                        num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4)
-        >>> hf_tensor_names(config)["layers/0/self_attn/k_proj/kernel"]
-        HfTensor(name='model.layers.0.self_attn.k_proj.weight', shape=(8, 16), transpose=True)
+        >>> tensor = hf_tensor_names(config)["layers/0/self_attn/k_proj/kernel"]
+        >>> tensor.name, tensor.shape, tensor.parameter_shape
+        ('model.layers.0.self_attn.k_proj.weight', (8, 16), (16, 8))
     """
     return dict(hf_storage(config).tensors)
 

@@ -1,4 +1,4 @@
-"""The layers of GPT-2, BERT and RoBERTa: dense layers and norms with biases, and a plain MLP."""
+"""The layers of GPT-2 and of all encoders: dense layers and norms with biases, a plain MLP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from emloc_jax.models.activations import activation
 __all__ = ["PlainMlp", "new_dense", "new_norm"]
 
 
-def new_dense(config: Any, features: int, dtypes: dict[str, Any], *, depth: int = 1) -> nn.Dense:
+def new_dense(
+    config: Any, features: int, dtypes: dict[str, Any], *, depth: int = 1, use_bias: bool = True
+) -> nn.Dense:
     """A dense layer that starts normal, with ``initializer_range`` over the root of ``depth``.
 
     Args:
@@ -21,9 +23,11 @@ def new_dense(config: Any, features: int, dtypes: dict[str, Any], *, depth: int 
         features: d_out.
         dtypes: its ``dtype`` and ``param_dtype``.
         depth: how many such layers add up to the residual stream, where the family counts them.
+        use_bias: whether it has a bias.
     """
     deviation = config.initializer_range / math.sqrt(depth)
-    return nn.Dense(features, kernel_init=nn.initializers.normal(deviation), **dtypes)
+    normal = nn.initializers.normal(deviation)
+    return nn.Dense(features, use_bias=use_bias, kernel_init=normal, **dtypes)
 
 
 def new_norm(config: Any, dtypes: dict[str, Any]) -> nn.LayerNorm:

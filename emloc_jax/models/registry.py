@@ -19,7 +19,7 @@ def config_from_hf(hf_config: Mapping[str, Any], names: Collection[str] | None =
             bare encoder has a pooler); None: not known.
 
     Returns:
-        A ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
+        A config of this room, a ``DecoderConfig`` say.
 
     Raises:
         UnsupportedArchitectureError: a family, or an option of one, that is not implemented.
@@ -40,12 +40,12 @@ def model_from_config(config: Any, **options: Any) -> Any:
     """The model of a config dataclass, without its weights.
 
     Args:
-        config: a ``DecoderConfig``, ``Gpt2Config``, ``EncoderConfig`` or ``FluxConfig``.
+        config: of any model here, a ``DecoderConfig`` say.
         **options: ``dtype``, ``param_dtype``, ``scan_layers``, ``remat``,
             ``attention_implementation``.
 
     Returns:
-        A ``Decoder``, ``Gpt2``, ``Encoder`` or ``Flux``.
+        A model of this room, a ``Decoder`` say.
     """
     return architecture_of_config(config).model(config, **options)
 
@@ -58,8 +58,7 @@ def model_from_hf(hf_config: Mapping[str, Any], **options: Any) -> Any:
         **options: see ``model_from_config``.
 
     Returns:
-        A ``Decoder``, ``Gpt2``, ``Encoder`` or ``Flux``; its ``config`` is
-        ``config_from_hf(hf_config)``.
+        A model of this room; its ``config`` is ``config_from_hf(hf_config)``.
 
     Raises:
         UnsupportedArchitectureError: a family, or an option of one, that is not implemented; the

@@ -37,6 +37,22 @@ from emloc_jax.training._flow_times import (
 )
 from emloc_jax.training._glue import GLUE_TASKS, GlueTask, glue_task, read_glue_rows
 from emloc_jax.training._hub_rows import hub_records, read_hub_rows
+from emloc_jax.training._image_file import image_size, open_image
+from emloc_jax.training._image_processor import ImageProcessor
+from emloc_jax.training._image_rows import (
+    ImageRow,
+    LabelledImage,
+    encode_image_rows,
+    pad_labelled_images,
+    read_image_folder,
+    read_image_rows,
+)
+from emloc_jax.training._image_tokens import (
+    ImageExample,
+    ImageTokens,
+    image_examples,
+    pad_image_examples,
+)
 from emloc_jax.training._instructions import read_instruction_rows
 from emloc_jax.training._label_metrics import check_label_metrics, label_metrics
 from emloc_jax.training._labelled_rows import LabelledRow, read_labelled_rows
@@ -59,6 +75,7 @@ from emloc_jax.training._scores import (
 )
 from emloc_jax.training._state import TrainState, init_state
 from emloc_jax.training._step import Combine, TrainStep, make_train_step
+from emloc_jax.training._tiles import cut_tiles, tile_grid
 from emloc_jax.training._update import Update, cut_batch, make_update
 
 __all__ = [
@@ -71,8 +88,13 @@ __all__ = [
     "FlowBatches",
     "GenerationReport",
     "GlueTask",
+    "ImageExample",
+    "ImageProcessor",
+    "ImageRow",
+    "ImageTokens",
     "LabelReport",
     "LatentData",
+    "LabelledImage",
     "LabelledExample",
     "LabelledRow",
     "Loss",
@@ -89,8 +111,10 @@ __all__ = [
     "check_label_metrics",
     "chunked_cross_entropy",
     "cut_batch",
+    "cut_tiles",
     "decays",
     "draw_times",
+    "encode_image_rows",
     "encode_labelled_rows",
     "encode_rows",
     "euler_sample",
@@ -102,6 +126,8 @@ __all__ = [
     "exact_match",
     "glue_task",
     "hub_records",
+    "image_examples",
+    "image_size",
     "init_state",
     "json_equal",
     "label_inputs",
@@ -119,14 +145,19 @@ __all__ = [
     "make_train_step",
     "make_update",
     "noisy_latents",
+    "open_image",
     "packed_batches",
     "pad_examples",
+    "pad_image_examples",
     "pad_labelled_examples",
+    "pad_labelled_images",
     "padded_batches",
     "prompt_text",
     "prompt_tokens",
     "read_glue_rows",
     "read_hub_rows",
+    "read_image_folder",
+    "read_image_rows",
     "read_instruction_rows",
     "read_labelled_rows",
     "read_latents",
@@ -137,6 +168,7 @@ __all__ = [
     "sampling_times",
     "score_named",
     "shift_times",
+    "tile_grid",
     "train",
     "write_latents",
 ]

@@ -205,4 +205,6 @@ def _fingerprint(examples: Sequence[Tokenised], settings: tuple) -> str:
         for array in vars(example).values():
             if isinstance(array, np.ndarray):
                 digest.update(np.int64(array.size).tobytes() + array.tobytes())
+            elif isinstance(array, tuple):  # files of images
+                digest.update(json.dumps(array).encode())
     return digest.hexdigest()[:16]

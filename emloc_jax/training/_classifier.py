@@ -1,4 +1,4 @@
-"""Loss and evaluation of an encoder with a classification head."""
+"""Loss and evaluation of an encoder, of texts or of images, with a classification head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ Logits = Callable[[Any, Mapping[str, Any]], jax.Array]
 
 
 def label_inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What an encoder takes of a batch: tokens, positions, segments, token types if any."""
+    """What an encoder takes of a batch: pixels, or tokens, positions, segments, token types."""
+    if "pixels" in batch:
+        return (batch["pixels"],)
     return batch["tokens"], batch["positions"], batch["segments"], batch.get("token_types")
 
 
@@ -57,7 +59,8 @@ def make_label_logits(apply: Callable[..., Any]) -> Logits:
     """`logits(params, batch) -> (B, outputs)` of an encoder.
 
     Args:
-        apply: `model.apply` of an `Encoder` with a classification head, or an intercepted one.
+        apply: `model.apply` of an `Encoder` or `VisionEncoder` with a classification head, or an
+            intercepted one.
     """
     return lambda params, batch: apply({"params": params}, *label_inputs(batch))
 

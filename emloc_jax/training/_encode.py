@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,12 @@ from emloc_jax.errors import ConfigError, DataError
 from emloc_jax.training._chat import Piece, is_chat, prompt_text, row_pieces
 from emloc_jax.training._rows import Row
 
-__all__ = ["Example", "encode_rows", "prompt_tokens"]
+__all__ = ["Example", "Expand", "encode_rows", "prompt_tokens"]
 
 logger = logging.getLogger(__name__)
+
+# From a row and the texts of its pieces to the texts that are tokenised.
+Expand = Callable[[Row, Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,7 @@ def encode_rows(
     chat: bool = False,
     system: str | None = None,
     truncate: Literal["left", "right"] | None = None,
+    expand: Expand | None = None,
 ) -> list[Example]:
     """Tokenise rows so that only completions (assistant turns) are learnt.
 
@@ -59,6 +63,7 @@ def encode_rows(
         system: system turn for chats that have none.
         truncate: what to do with a longer row: `None` refuses it, `'left'` drops the oldest
             tokens before the last completion, `'right'` drops the end.
+        expand: changes the texts of a row before they are tokenised: puts in its image tokens, say.
 
     Raises:
         DataError: a row does not fit (the message names it), or has no token to learn.
@@ -82,6 +87,9 @@ def encode_rows(
     examples, cut = [], 0
     for row in rows:
         pieces = row_pieces(row, tokenizer, chat=chat, system=system)
+        if expand is not None:
+            texts, learnt = zip(*pieces, strict=True)
+            pieces = list(zip(expand(row, texts), learnt, strict=True))
         tokens, learnt = _tokens(pieces, tokenizer, template=is_chat(row, chat), origin=row.origin)
         if len(tokens) - 1 > max_length:
             tokens, learnt = _truncate(tokens, learnt, max_length, truncate, row.origin)
@@ -102,6 +110,7 @@ def prompt_tokens(
     max_length: int | None = None,
     chat: bool = False,
     system: str | None = None,
+    expand: Expand | None = None,
 ) -> list[int]:
     """Token ids from which a model answers `row`; the very ones its training row begins with.
 
@@ -109,6 +118,8 @@ def prompt_tokens(
         DataError: the prompt is longer than `max_length`.
     """
     text = prompt_text(row, tokenizer, chat=chat, system=system)
+    if expand is not None:
+        (text,) = expand(row, [text])
     ids = [] if is_chat(row, chat) else _begin(tokenizer)
     ids = ids + _ids(tokenizer, text)
     if max_length is not None and len(ids) > max_length:

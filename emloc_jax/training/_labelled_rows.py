@@ -11,7 +11,7 @@ from emloc_jax.errors import ConfigError, DataError
 from emloc_jax.training._records import Source, named_records
 from emloc_jax.training._rows import as_mapping, fill
 
-__all__ = ["LabelledRow", "read_labelled_rows", "text_of"]
+__all__ = ["LabelledRow", "label_of", "read_labelled_rows", "text_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def read_labelled_rows(
         if not text.strip() and not (pair or "").strip():
             raise DataError(f"{origin}: the text is empty, so there is nothing to classify.")
         label = fill(origin, record, columns["label"])
-        rows.append(LabelledRow(origin, text, pair, _label(origin, columns["label"], label)))
+        rows.append(LabelledRow(origin, text, pair, label_of(origin, columns["label"], label)))
     if not rows:
         raise DataError(f"{name}: no row found; at least one is needed.")
     logger.info("%s: %d rows", name, len(rows))
@@ -94,7 +94,12 @@ def text_of(origin: str, record: Any, column: str) -> str:
     return value
 
 
-def _label(origin: str, column: str, value: Any) -> str:
+def label_of(origin: str, column: str, value: Any) -> str:
+    """The label in a column: a name, or a whole number as its digits.
+
+    Raises:
+        DataError: it is neither.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():

@@ -84,7 +84,7 @@ def make_loss(apply: Callable[..., Any], *, chunk: int = 256) -> Loss:
     Args:
         apply: `model.apply`, or an intercepted one. `method='hidden'` takes tokens (B, T) with
             `positions` and `segments` to hidden states (B, T, D); `method='logits'` takes (n, D)
-            to (n, V).
+            to (n, V). It is given `pixels` too if the batch has them.
         chunk: tokens whose logits live at once.
 
     Returns:
@@ -109,6 +109,8 @@ def make_loss(apply: Callable[..., Any], *, chunk: int = 256) -> Loss:
             positions=batch.get("positions"),
             segments=batch.get("segments"),
             method="hidden",
+            # A model that reads no images need not know the word.
+            **({"pixels": batch["pixels"]} if "pixels" in batch else {}),
         )
         return chunked_cross_entropy(
             lambda h: apply(variables, h, method="logits"),

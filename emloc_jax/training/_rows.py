@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from emloc_jax.errors import ConfigError, DataError
+from emloc_jax.training._image_parts import flat_turn, image_paths
 from emloc_jax.training._records import Source, named_records
 
 __all__ = ["Row", "as_mapping", "fill", "read_rows", "to_row"]
@@ -15,6 +18,7 @@ __all__ = ["Row", "as_mapping", "fill", "read_rows", "to_row"]
 logger = logging.getLogger(__name__)
 
 _FIELDS = ("prompt", "completion", "messages")
+_IMAGES = {"image", "images"}
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class Row:
         prompt: text that is given.
         completion: text that is learnt.
         messages: the turns of a chat, `{"role": ..., "content": ...}` each.
+        images: files of its images, in the order of their places in the text.
     """
 
     origin: str
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -49,7 +55,10 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
             (nothing is quoted), or an iterable of mappings.
         columns: `{"prompt": ..., "completion": ...}` or `{"messages": ...}` in terms of the
             source's own columns. A value with braces is a template over the columns. Without it
-            the source must have these very names.
+            the source must have these very names. Besides, `image` or `images` names the path of
+            an image or a list of such, relative to the source's folder; `<image>` in the text says
+            where they stand. Turns may be in parts, as chat templates have them:
+            `[{"type": "image", "image": path}, {"type": "text", "text": ...}]`.
 
     Returns:
         At least one row.
@@ -69,7 +78,8 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     if columns is not None:
         _check_columns(columns)
     records, name = named_records(source)
-    rows = [to_row(origin, record, columns) for origin, record in records]
+    folder = Path(source).parent if isinstance(source, str | PathLike) else Path()
+    rows = [to_row(origin, record, columns, folder) for origin, record in records]
     if not rows:
         raise DataError(f"{name}: no row found; at least one is needed.")
     logger.info("%s: %d rows", name, len(rows))
@@ -77,22 +87,28 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
 
 def _check_columns(columns: Mapping[str, str]) -> None:
-    unknown = sorted(set(columns) - set(_FIELDS))
-    chat, pair = "messages" in columns, {"prompt", "completion"} <= set(columns)
-    if unknown or chat == pair or (chat and len(columns) > 1):
+    text = set(columns) - _IMAGES
+    unknown = sorted(text - set(_FIELDS))
+    chat, pair = "messages" in text, {"prompt", "completion"} <= text
+    if unknown or chat == pair or (chat and len(text) > 1) or _IMAGES <= set(columns):
         raise ConfigError(
             f"columns has the keys {sorted(columns)}; it must have 'prompt' and 'completion', "
-            "or 'messages' alone."
+            "or 'messages' alone, and 'image' or 'images' where rows have them."
         )
 
 
-def to_row(origin: str, record: Any, columns: Mapping[str, str] | None) -> Row:
-    """One row of a record; see `read_rows`."""
+def to_row(
+    origin: str, record: Any, columns: Mapping[str, str] | None, folder: Path = Path()
+) -> Row:
+    """One row of a record, whose images lie in `folder`; see `read_rows`."""
     if columns is None:
         columns = _guess(origin, as_mapping(origin, record))
     values = {field: fill(origin, record, column) for field, column in columns.items()}
+    images = [values.pop(name) for name in sorted(_IMAGES) if name in values]
+    paths = image_paths(origin, images[0] if images else [], folder)
     if "messages" in values:
-        return Row(origin, messages=_messages(origin, values["messages"]))
+        turns, inside = _messages(origin, values["messages"])
+        return Row(origin, messages=turns, images=paths + image_paths(origin, inside, folder))
     for field, value in values.items():
         if not isinstance(value, str):
             raise DataError(
@@ -101,7 +117,7 @@ def to_row(origin: str, record: Any, columns: Mapping[str, str] | None) -> Row:
             )
     if not values["completion"].strip():
         raise DataError(f"{origin}: the completion is empty, so there is nothing to learn.")
-    return Row(origin, prompt=values["prompt"], completion=values["completion"])
+    return Row(origin, prompt=values["prompt"], completion=values["completion"], images=paths)
 
 
 def _guess(origin: str, record: Mapping[str, Any]) -> dict[str, str]:
@@ -116,7 +132,9 @@ def _guess(origin: str, record: Mapping[str, Any]) -> dict[str, str]:
             f"{origin}: the row has the fields {sorted(map(str, record))}; it needs 'prompt' and "
             "'completion', or 'messages'. Map other names with columns."
         )
-    return {"messages": "messages"} if chat else {"prompt": "prompt", "completion": "completion"}
+    named = ["messages"] if chat else ["prompt", "completion"]
+    named += [name for name in sorted(_IMAGES) if record.get(name)][:1]
+    return {name: name for name in named}
 
 
 def as_mapping(origin: str, record: Any) -> Mapping[str, Any]:
@@ -147,10 +165,13 @@ def fill(origin: str, record: Any, column: str) -> Any:
         ) from error
 
 
-def _messages(origin: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+def _messages(origin: str, value: Any) -> tuple[tuple[Mapping[str, Any], ...], list[Any]]:
+    """Turns whose content is text, and the images that stood in them."""
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{origin}: messages must be a list of turns, found {value!r:.60}.")
-    for turn, message in enumerate(value, 1):
+    value, images = [flat_turn(message) for message in value], []
+    for turn, (message, inside) in enumerate(value, 1):
+        images += inside
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
@@ -158,6 +179,7 @@ def _messages(origin: str, value: Any) -> tuple[Mapping[str, Any], ...]:
                 f"{origin}: turn {turn} of messages must have a textual 'role' and 'content', "
                 f"found {message!r:.80}."
             )
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in value):
+    turns = tuple(message for message, _ in value)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in turns):
         raise DataError(f"{origin}: messages has no assistant turn, so there is nothing to learn.")
-    return tuple(value)
+    return turns, images

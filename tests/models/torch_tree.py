@@ -10,11 +10,11 @@ def tree_of(model, config):
     state = model.state_dict()
     params = {}
     for path, tensor in hf_tensor_names(config).items():
-        array = state[tensor.name].numpy().astype(np.float32)
+        array = state[tensor.class_name].numpy().astype(np.float32)
         assert array.shape == tensor.shape, path
         *parents, leaf = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = array.T if tensor.transpose else array
+        node[leaf] = tensor.to_parameter(array)
     return params
