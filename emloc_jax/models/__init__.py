@@ -1,4 +1,4 @@
-"""Linen models (Llama family, GPT-2, BERT, ViT, SigLIP, InternVL, FLUX), and their names in files."""
+"""Linen models (Llama family, GPT-2, BERT, ViT, InternVL, FLUX) and their names in files."""
 
 from emloc_jax.models.architectures import supported_classes
 from emloc_jax.models.block_source import BlockSource, MemoryBlocks
