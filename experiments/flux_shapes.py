@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import optax
 
-from emloc_jax.adapters import attach, choose_limit, correct, init_adapters
+from emloc_jax.adapters import attach, correct, init_adapters
 from emloc_jax.emulator import calibrate, compress
 from emloc_jax.kernels import find_kernels, flatten_leaves, intercept, set_leaves
 from emloc_jax.models import Flux, FluxConfig, grid_ids, pack_latents, unpack_latents
@@ -136,34 +136,42 @@ def data_of(prompts, seed):
     return LatentData(fold(pictures), embeds, embeds.mean(axis=1), grid_ids(GRID, GRID))
 
 
+class Programs:
+    """What is compiled; once for all seeds and rows whose parameters have the same ranks."""
+
+    def __init__(self, args):
+        self.model = Flux(CONFIG, scan_layers=True)
+        apply = intercept(self.model.apply)
+        self.loss = make_flow_loss(apply)
+        rates = make_schedule(args.rate, steps=args.steps, warmup=min(10, args.steps - 1))
+        self.tx = make_optimizer(rates)
+        self.step = make_train_step(self.loss, self.tx, combine=lambda a, f, key: attach(f, a))
+        times = sampling_times(args.sampling_steps)
+        self.sample = jax.jit(
+            lambda params, conditions, noise: euler_sample(
+                flow_velocity(apply, params, conditions), noise, times
+            )
+        )
+
+
 class Bench:
     """The pre-trained model, and the fine-tuning task of one seed."""
 
-    def __init__(self, params, seed, args):
-        self.model = Flux(CONFIG, scan_layers=True)
-        self.params, self.seed, self.args = params, seed, args
-        self.apply = intercept(self.model.apply)
-        self.loss = make_flow_loss(self.apply)
+    def __init__(self, programs, params, seed, args):
+        self.programs, self.params, self.seed, self.args = programs, params, seed, args
         order = np.random.default_rng(seed).permutation(len(PAIRS))
         known, held = order[: args.pictures], order[args.pictures :]
         self.data = data_of([(*PAIRS[i], NEW) for i in known], [seed, 1])
         self.held = [(*PAIRS[i], NEW) for i in held]
-        test = FlowBatches(
-            data_of(4 * self.held, [seed, 2]),
-            batch_size=32,
-            seed=12345,
-            sampling="stratified",
-            epochs=args.test_epochs,
-        )
-        self.test = list(test)
-        self.kernels = find_kernels(self.model.apply, params, *shapes_of(test.batch(0)))
-        self.calibration = FlowBatches(
-            self.data, batch_size=16, seed=seed, sampling="stratified", epochs=args.calibration
-        )
+        even = {"batch_size": 24, "sampling": "stratified"}
+        test = data_of(4 * self.held, [seed, 2])
+        self.test = list(FlowBatches(test, seed=12345, epochs=args.test_epochs, **even))
+        self.calibration = list(FlowBatches(self.data, seed=seed, epochs=args.calibration, **even))
+        self.kernels = find_kernels(programs.model.apply, params, *shapes_of(self.test[0]))
 
     def moments(self):
         return calibrate(
-            lambda variables, batch: self.loss(variables["params"], batch)[0],
+            lambda variables, batch: self.programs.loss(variables["params"], batch)[0],
             self.params,
             self.calibration,
             kernels=self.kernels,
@@ -171,43 +179,38 @@ class Bench:
             gradients=True,
         )
 
+    def fresh(self):
+        key = jax.random.key(self.seed)
+        return init_adapters(key, self.kernels, where=BLOCKS, rank=RANK, alpha=ALPHA)
+
     def train_lora(self, frozen):
-        adapters = init_adapters(
-            jax.random.key(self.seed), self.kernels, where=BLOCKS, rank=RANK, alpha=ALPHA
-        )
-        steps = self.args.steps
-        tx = make_optimizer(make_schedule(self.args.rate, steps=steps, warmup=min(10, steps - 1)))
-        step = make_train_step(self.loss, tx, combine=lambda a, f, key: attach(f, a))
         stream = FlowBatches(self.data, batch_size=16, seed=self.seed)
-        result = train(step, init_state(adapters, tx), stream, steps=steps, frozen=frozen)
+        state = init_state(self.fresh(), self.programs.tx)
+        steps = self.args.steps
+        result = train(self.programs.step, state, stream, steps=steps, frozen=frozen)
         return result.state.trainables, result.seconds_per_step
 
-    def measure(self, params):
-        return evaluate_loss(self.loss, params, self.test).loss
+    def measure(self, params, batches=None):
+        return evaluate_loss(self.programs.loss, params, batches or self.test).loss
 
     def sample(self, params, name):
         """Pictures of held-out prompts into a file, from the same noise for every row."""
-        prompts = self.held[: self.args.samples]
-        data = data_of(prompts, 0)
+        data = data_of(self.held[: self.args.samples], 0)
         conditions = {
-            key: getattr(data, key) for key in ("prompt_embeds", "pooled_prompt_embeds")
-        } | {"image_ids": data.image_ids}
+            key: getattr(data, key)
+            for key in ("prompt_embeds", "pooled_prompt_embeds", "image_ids")
+        }
         noise = np.random.default_rng(1).standard_normal(data.latents.shape, np.float32)
-        times = sampling_times(self.args.sampling_steps)
-
-        @jax.jit
-        def run(params):
-            return euler_sample(flow_velocity(self.apply, params, conditions), noise, times)
-
+        found = self.programs.sample(params, conditions, noise)
         folder = self.args.output / "samples"
         folder.mkdir(exist_ok=True)
-        pictures = {name: unfold(run(params)), "truth": unfold(data.latents)}
-        for key, value in pictures.items():
-            np.save(folder / f"{self.seed} {key}.npy", value.astype(np.float16))
+        for key, tokens in {name: found, "truth": data.latents}.items():
+            np.save(folder / f"{self.seed} {key}.npy", unfold(tokens).astype(np.float16))
 
     def original(self):
-        record = {"zero_shot": self.measure(self.params)}
-        self.sample(self.params, "zero-shot")
+        untouched = attach(self.params, self.fresh())
+        record = {"zero_shot": self.measure(untouched)}
+        self.sample(untouched, "zero-shot")
         adapters, record["step_seconds"] = self.train_lora(self.params)
         tuned = attach(self.params, adapters)
         record["lora"] = self.measure(tuned)
@@ -226,18 +229,22 @@ class Bench:
         )
         jax.block_until_ready(emulator)
         record = {"build_seconds": time.perf_counter() - began}
-        record["untrained"] = self.measure(emulator)
+        record["untrained"] = self.measure(attach(emulator, self.fresh()))
         adapters, record["step_seconds"] = self.train_lora(emulator)
         record["emulator"] = self.measure(attach(emulator, adapters))
-        trees = (adapters, self.params, emulator, self.loss)
-        _, by_limit = choose_limit(*trees, self.test, candidates=LIMITS)
-        record["by_limit"] = {str(limit): loss for limit, loss in by_limit.items()}
-        chosen, _ = choose_limit(*trees, list(self.calibration)[:4], candidates=LIMITS)
-        record["auto_limit"], record["auto"] = chosen, by_limit[chosen]
-        corrected = correct(adapters, self.params, emulator, limit=chosen)
         self.sample(attach(emulator, adapters), f"{name}, emulator")
-        self.sample(attach(self.params, adapters), f"{name}, uncorrected")
-        self.sample(attach(self.params, corrected), f"{name}, corrected")
+        # The limit is chosen as `choose_limit` does, on pictures that the correction may see.
+        on_test, on_calibration = {}, {}
+        for limit in LIMITS:
+            corrected = attach(self.params, correct(adapters, self.params, emulator, limit=limit))
+            on_test[str(limit)] = self.measure(corrected)
+            on_calibration[str(limit)] = self.measure(corrected, self.calibration)
+        chosen = min(on_calibration, key=on_calibration.get)
+        record |= {"by_limit": on_test, "on_calibration": on_calibration}
+        record |= {"auto_limit": float(chosen), "auto": on_test[chosen]}
+        for limit, way in ((0.0, "uncorrected"), (float(chosen), "corrected")):
+            served = correct(adapters, self.params, emulator, limit=limit)
+            self.sample(attach(self.params, served), f"{name}, {way}")
         return record
 
 
@@ -277,14 +284,14 @@ def pretrained(args):
 
 def run(args):
     args.output.mkdir(parents=True, exist_ok=True)
-    params = pretrained(args)
+    params, programs = pretrained(args), Programs(args)
     file = args.output / "rows.jsonl"
     for seed in args.seeds:
         done = {record["row"] for record in read(file) if record["seed"] == seed}
         todo = [row for row in ("original", *args.rows) if row not in done]
         if not todo:
             continue
-        bench, moments = Bench(params, seed, args), None
+        bench, moments = Bench(programs, params, seed, args), None
         for row in todo:
             began = time.perf_counter()
             if row == "original":
@@ -375,8 +382,8 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--pretrain-batch", type=int, default=64)
+    parser.add_argument("--pretrain-steps", type=int, default=1200)
+    parser.add_argument("--pretrain-batch", type=int, default=32)
     parser.add_argument("--pretrain-rate", type=float, default=2e-3)
     parser.add_argument("--copies", type=int, default=20, help="pictures of each prompt")
     parser.add_argument("--pictures", type=int, default=18, help="to fine-tune on")
