@@ -94,8 +94,14 @@ def diffusers_scales(source: SafetensorsSource) -> PeftScales:
     alphas = {module: float(rank) for module, rank in ranks.items()}
     for name in filter(is_alpha, source.tensors):
         alphas[name.removeprefix(_PREFIX).removesuffix(".alpha")] = float(source.read(name))
-    exact = [{f"^{re.escape(m)}": v for m, v in values.items()} for values in (ranks, alphas)]
-    return PeftScales(1, 1.0, *exact, rslora=False)
+    exact = {module: f"^{re.escape(module)}" for module in ranks}
+    return PeftScales(
+        rank=1,
+        alpha=1.0,
+        rank_pattern={exact[module]: rank for module, rank in ranks.items()},
+        alpha_pattern={exact[module]: alphas[module] for module in ranks},
+        rslora=False,
+    )
 
 
 def is_alpha(name: str) -> bool:

@@ -58,7 +58,7 @@ def abstract_model(
 
     Raises:
       CheckpointError: the file is not JSON, or the source cannot be read.
-      ConfigError: the model is an encoder.
+      ConfigError: it is no language model.
       UnsupportedArchitectureError: a family that is not implemented.
 
     Example:
@@ -83,7 +83,8 @@ def abstract_model(
     else:
         model, params = model_from_hf(config, param_dtype=jnp.dtype(dtype), **options), None
     if not isinstance(model, CausalModel):
-        raise ConfigError(f"{label} is an encoder; plans are for language models.")
+        kind = type(model).__name__
+        raise ConfigError(f"{label} is of the kind {kind}; plans are for language models.")
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     if params is None:
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -138,7 +138,7 @@ def write_latents(
     path = Path(path)
     arrays = [np.ascontiguousarray(latents, np.float32)]
     arrays += [np.ascontiguousarray(x, np.float32) for x in (prompt_embeds, pooled_prompt_embeds)]
-    tensors = dict(zip(_NAMES, arrays, strict=True))
+    tensors: dict[str, np.ndarray] = dict(zip(_NAMES, arrays, strict=True))
     if grid is not None:
         tensors["grid"] = np.asarray(grid, np.int32)
     packed, height, width = _packed(arrays[0], tensors.get("grid"), str(path))
