@@ -166,7 +166,7 @@ class ImageProcessor:
 
     def _normalise(self, image: Image.Image) -> np.ndarray:
         numbers = np.asarray(image, np.float32) * np.float32(self.scale)
-        mean, deviation = np.float32(self.mean), np.float32(self.deviation)
+        mean, deviation = np.asarray([self.mean, self.deviation], np.float32)
         return (numbers - mean) / deviation
 
 
