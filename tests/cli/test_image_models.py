@@ -1,4 +1,4 @@
-"""Models of images on the command line: fine-tuned, evaluated, merged, exported, judged by torch."""
+"""Models of images on the command line: fine-tuned, evaluated, merged, judged by torch."""
 
 import json
 
