@@ -61,7 +61,7 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         # Vectors are never boxed for long; matrices are shown to interception.
         matrices = {path: x for path, x in others.items() if len(meta.unbox(x).shape) >= 2}
         shown = {"/".join(_key(path)): x for path, x in matrices.items()}
-        read = NnxParameters().apply({"params": shown}) if shown else {}
+        read: Any = NnxParameters().apply({"params": shown}) if shown else {}
         filled = []
         for path, slot in slots:
             value = given[path]

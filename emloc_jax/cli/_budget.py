@@ -22,7 +22,7 @@ from emloc_jax.cli._session import Session
 from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import flatten_leaves, select
 from emloc_jax.memory import AbstractModel, Budget, Plan, Planner, Setting, require_fits
-from emloc_jax.models import CausalModel
+from emloc_jax.models import CausalModel, InternVL
 
 __all__ = [
     "batch_length",
@@ -53,10 +53,10 @@ def keep_budget(
         return None
     limit = Budget(device=parse_bytes(budget))
     base = session.base
-    if not isinstance(base.model, CausalModel):
+    if not isinstance(base.model, CausalModel) or isinstance(base.model, InternVL):
         raise ConfigError(
-            f"memory_budget={budget} was given, but plans are for language models and "
-            f"{base.source} is an encoder. Leave it out."
+            f"memory_budget={budget} was given, but plans are for language models of text and "
+            f"{base.source} is a {type(base.model).__name__}. Leave it out."
         )
     model = AbstractModel(str(base.source), base.model, _shapes(base.params), session.kernels)
     planner = Planner(model)

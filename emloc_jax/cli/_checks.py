@@ -21,7 +21,10 @@ from emloc_jax.cli._task import Task
 from emloc_jax.emulator import rank_for_energy, rank_for_ratio
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
 from emloc_jax.kernels import match_rules, select
+from emloc_jax.models import InternVLConfig
 from emloc_jax.training import make_optimizer, make_schedule, make_train_step, score_named
+
+_HEAD = "classifier/kernel"
 
 __all__ = [
     "check_correction",
@@ -29,6 +32,7 @@ __all__ = [
     "check_emulation",
     "check_emulator_options",
     "check_method",
+    "check_model",
     "check_moments",
     "check_scores",
     "check_training",
@@ -39,15 +43,28 @@ __all__ = [
 
 
 def check_method(method: str, task: Task | None) -> None:
-    """Refuses methods that cannot train a classifier.
+    """Refuses methods that cannot train a classifier of texts.
 
     Raises:
       UnsupportedArchitectureError: the rows have labels, and the method needs an adapter.
     """
-    if task is not None and method not in ("full", "lsp"):
+    if task is not None and not task.images and method not in ("full", "lsp"):
         raise UnsupportedArchitectureError(
             f"method={method} was asked for on rows with labels; adapters on encoders with a "
             "classification head are not supported yet. Use method=full or method=lsp."
+        )
+
+
+def check_model(session: Session, method: str) -> None:
+    """Refuses methods that cannot train a model of text and images.
+
+    Raises:
+      UnsupportedArchitectureError: LSP-Offload, which walks blocks of text.
+    """
+    if method == "lsp" and isinstance(session.base.config, InternVLConfig):
+        raise UnsupportedArchitectureError(
+            f"method=lsp was asked for, but {session.base.source} is an InternVL, whose image "
+            "encoder lies outside the blocks that LSP-Offload walks. Use method=emloc or lora."
         )
 
 
@@ -210,13 +227,31 @@ def parse_limit(text: str) -> float:
 
 
 def new_adapters(session: Session, options: LoraOptions, seed: int) -> dict[str, Adapter]:
-    """Untrained adapters on the selected kernels; a tied head gets none."""
+    """Untrained adapters on the selected kernels; a tied head gets none, a classifier's one.
+
+    That of a classifier has the rank that its labels allow, and the same scale.
+    """
     kernels = {path: spec for path, spec in session.kernels.items() if not spec.tied}
-    return init_adapters(
-        jax.random.fold_in(jax.random.key(seed), 1),
-        kernels,
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    heads = {path: spec for path, spec in kernels.items() if path == _HEAD and session.task}
+    others = {path: spec for path, spec in kernels.items() if path not in heads}
+    adapters = init_adapters(
+        key,
+        others,
         where=options.where,
         rank=options.rank,
         alpha=options.alpha,
         rslora=options.rslora,
     )
+    for spec in heads.values():
+        rank = min(options.rank, spec.d_in, spec.d_out)
+        share = math.sqrt(rank / options.rank) if options.rslora else rank / options.rank
+        adapters |= init_adapters(
+            key,
+            heads,
+            where=".*",
+            rank=rank,
+            alpha=options.alpha * share,
+            rslora=options.rslora,
+        )
+    return adapters

@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from emloc_jax.cli._image_data import (
+    encode_image_texts,
+    encode_images,
+    image_prompt,
+    image_tokens,
+)
 from emloc_jax.cli._options import DataOptions
 from emloc_jax.cli._rows import Rows, RowSource, read_source
 from emloc_jax.cli._session import Session
 from emloc_jax.errors import ConfigError
+from emloc_jax.models import InternVLConfig, image_token_masks
 from emloc_jax.training import (
     Batches,
     Example,
     LabelledExample,
+    LabelledImage,
     LabelledRow,
     Row,
     encode_labelled_rows,
@@ -49,7 +57,7 @@ class Dataset:
     """
 
     rows: Rows
-    examples: Sequence[Example] | Sequence[LabelledExample]
+    examples: Sequence[Example] | Sequence[LabelledExample] | Sequence[LabelledImage]
     pad: Callable[..., dict[str, np.ndarray]]
 
 
@@ -72,6 +80,8 @@ def encode(session: Session, rows: Rows, options: DataOptions) -> Dataset:
       ConfigError: rows to classify, for a language model, or the other way round.
       DataError: a row that does not fit.
     """
+    if session.task is not None and session.task.images:
+        return Dataset(rows, *encode_images(session, rows, options))
     limit = min(options.max_length, session.base.config.max_position_embeddings)
     if session.task is not None:
         examples = encode_labelled_rows(
@@ -89,6 +99,14 @@ def encode(session: Session, rows: Rows, options: DataOptions) -> Dataset:
             f"The rows have labels; {session.base.source} is run as a language model here. Give "
             "rows with prompt and completion."
         )
+    if isinstance(session.base.config, InternVLConfig):
+        return Dataset(*encode_image_texts(session, texts, options, limit))
+    for row in texts:
+        if row.images:
+            raise ConfigError(
+                f"{row.origin}: the row has images, but {session.base.source} is a "
+                f"{session.base.config.model_type}, which reads text alone. Give an InternVL."
+            )
     examples = encode_rows(
         texts,
         session.tokenizer,
@@ -137,14 +155,24 @@ def evaluation_batches(
 
 
 def token_mask(batch: Mapping[str, Any]) -> Any:
-    """Which positions hold real tokens (B, T); padding must not count in second moments."""
+    """Which positions hold real tokens; padding must not count in second moments.
+
+    (B, T), or (B,) of images to classify, or by part of a model of text and images.
+    """
+    if "tiles" in batch:
+        return image_token_masks(batch)
+    if "segments" not in batch:
+        return batch["weights"] > 0
     return batch["segments"] > 0
 
 
 def prompt_reader(session: Session, options: DataOptions, new_tokens: int) -> Any:
     """From a row to the token ids of its prompt, which must leave room for `new_tokens`."""
+    read: Any = prompt_tokens
+    if isinstance(session.base.config, InternVLConfig):
+        read = functools.partial(image_prompt, words=image_tokens(session, options))
     return functools.partial(
-        prompt_tokens,
+        read,
         tokenizer=session.tokenizer,
         max_length=session.base.config.max_position_embeddings - new_tokens,
         chat=options.chat,

@@ -7,6 +7,7 @@ from emloc_jax.cli._checks import (
     check_emulation,
     check_emulator_options,
     check_method,
+    check_model,
     check_moments,
     check_scores,
     check_training,
@@ -22,6 +23,7 @@ from emloc_jax.cli._polish import check_polish
 from emloc_jax.cli._report import RunReport
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
+from emloc_jax.cli._saved_base import with_saved_base
 from emloc_jax.cli._session import load_parameters, open_session
 from emloc_jax.cli._stream import finetune_streams
 from emloc_jax.cli._task import task_of
@@ -69,6 +71,7 @@ def finetune(
         fresh_head=True,
         seed=config.seed,
     )
+    check_model(session, config.method)
     if config.method == "emloc":
         check_emulation(session, config.emulator)
     lora = config.lora if config.method in ("emloc", "lora") else None
@@ -85,6 +88,8 @@ def finetune(
         session = load_parameters(session, config.model, on_device=on_device, seed=config.seed)
     trainer = open_trainer(session, config, train_data) if config.method == "lsp" else None
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
+    if session.base.fresh and config.method in ("emloc", "lora"):
+        session = with_saved_base(run, session)
     job = Job(config, run, session, train_data, test_data)
     match config.method:
         case "emloc":

@@ -76,9 +76,13 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """Rows with prompt and completion, chat messages, or a text and a label."""
+    """Rows with prompt and completion, chat messages, or a text or an image and a label."""
 
-    train: str = option(MISSING, "file (.jsonl, .json, .csv, .tsv) or hub data set (hub:NAME)")
+    train: str = option(
+        MISSING,
+        "file (.jsonl, .json, .csv, .tsv), hub data set (hub:NAME), or a folder of images with a "
+        "subfolder for each class",
+    )
     test: str | None = option(None, "rows to evaluate on; null: no evaluation")
     format: str | None = option(
         None, "known layout instead of columns: alpaca, code, or glue/TASK (glue/rte, ...)"
@@ -86,7 +90,7 @@ class DataOptions:
     columns: dict[str, str] | None = option(
         None,
         "maps prompt and completion, or messages, or text (text_pair) and label, to columns or "
-        "templates like '{q} ->'",
+        "templates like '{q} ->'; image (images) names files of images, besides or with a label",
     )
     chat: bool = option(False, "wrap prompt and completion as turns of the chat template")
     system: str | None = option(None, "system turn for chats that have none")
@@ -95,6 +99,9 @@ class DataOptions:
     packing: bool = option(False, "pack several rows into one sequence")
     buckets: list[int] | None = option(
         None, "padded lengths; a step is compiled per bucket; null: one, the longest row's"
+    )
+    max_tiles: int | None = option(
+        None, "InternVL: most tiles that an image is cut into; null: as the model's folder says"
     )
 
 
@@ -138,7 +145,11 @@ class CalibrationOptions:
 class LoraOptions:
     """The adapters."""
 
-    where: list[str] = option(["layers/.*"], "regular expressions: kernels that get an adapter")
+    where: list[str] = option(
+        ["layers/.*"],
+        "regular expressions: kernels that get an adapter (InternVL: vision/layers/.*, "
+        "projector/.* too); the head of a classifier always gets one",
+    )
     rank: int = option(8, "rank of the adapters")
     alpha: float = option(16.0, "the branch is scaled by alpha / rank")
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead")

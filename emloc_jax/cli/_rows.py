@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from emloc_jax.cli._options import DataOptions
 from emloc_jax.errors import ConfigError
 from emloc_jax.training import (
     GLUE_TASKS,
+    ImageRow,
     LabelledRow,
     Row,
     hub_records,
     read_glue_rows,
+    read_image_folder,
+    read_image_rows,
     read_instruction_rows,
     read_labelled_rows,
     read_rows,
@@ -20,14 +24,14 @@ from emloc_jax.training import (
 __all__ = ["RowSource", "Rows", "glue_name", "read_source"]
 
 RowSource = str | PathLike[str] | Iterable[Mapping[str, Any]]
-Rows = Sequence[Row] | Sequence[LabelledRow]
+Rows = Sequence[Row] | Sequence[LabelledRow] | Sequence[ImageRow]
 
 
 def read_source(source: RowSource, options: DataOptions, *, first: int | None = None) -> Rows:
     """Reads rows to continue, or rows to classify, as `data.format` or `data.columns` says.
 
     Args:
-      source: a path, `hub:NAME` or `hub:NAME:SPLIT`, or rows.
+      source: a path, `hub:NAME` or `hub:NAME:SPLIT`, or rows; a folder holds images to classify.
       options: format and columns.
       first: use only so many rows.
 
@@ -41,6 +45,8 @@ def read_source(source: RowSource, options: DataOptions, *, first: int | None = 
         # The benchmark's own data set has a configuration per task.
         config = glue_name(options) if name.split("/")[-1] == "glue" else None
         source = hub_records(name, split=split or "train", config=config)
+    if isinstance(source, str | PathLike) and Path(source).is_dir():
+        return read_image_folder(source)[:first]
     return read(source)[:first]
 
 
@@ -67,6 +73,8 @@ def _reader(options: DataOptions) -> Callable[[Any], Rows]:
             f"data.format={options.format} does not exist; there are alpaca, code, and glue/TASK "
             f"with TASK one of {', '.join(GLUE_TASKS)}."
         )
+    if columns is not None and {"image", "label"} <= set(columns):
+        return lambda source: read_image_rows(source, columns=columns)
     if columns is not None and set(columns) & {"text", "text_pair", "label"}:
         return lambda source: read_labelled_rows(source, columns=columns)
     return lambda source: read_rows(source, columns=columns)

@@ -16,8 +16,8 @@ from emloc_jax.cli._options import ModelOptions
 from emloc_jax.cli._task import Task, fit_task, named_head
 from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import KernelSpec, find_kernels, intercept
-from emloc_jax.models import generate
-from emloc_jax.training import Loss, make_label_logits, make_label_loss, make_loss
+from emloc_jax.models import VisionConfig, generate
+from emloc_jax.training import Loss, label_inputs, make_label_logits, make_label_loss, make_loss
 
 __all__ = ["Session", "byte_size", "load_parameters", "open_session", "packaged", "parameter_count"]
 
@@ -74,7 +74,9 @@ class Session:
         batch_size: int | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Texts that continue tokenized prompts."""
+        """Texts that continue tokenized prompts; an `ImagePrompt` brings its tiles."""
+        if any(hasattr(prompt, "pixels") for prompt in prompts):
+            sampling["pixels"] = [getattr(prompt, "pixels") for prompt in prompts]  # noqa: B009
         new = generate(
             self.base.model,
             params,
@@ -91,8 +93,16 @@ class Session:
         """What running the model computes: logits of a row, or of the next token of each row."""
         if self.logits is not None:
             return self.logits(params, batch)
-        hidden = self.apply({"params": params}, batch["tokens"], method="hidden")
+        images = {"pixels": batch["pixels"]} if "pixels" in batch else {}
+        hidden = self.apply({"params": params}, batch["tokens"], method="hidden", **images)
         return self.apply({"params": params}, hidden[:, -1], method="logits")
+
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the model takes of a batch, by position."""
+        if self.task is not None:
+            return label_inputs(batch)
+        pixels = (batch["pixels"],) if "pixels" in batch else ()
+        return batch["tokens"], batch["positions"], batch["segments"], *pixels
 
     def with_adapters(self, params: Any, adapters: dict[str, Adapter] | None) -> Any:
         """`params`, with `adapters` attached if there are any."""
@@ -107,6 +117,7 @@ def open_session(
     task: Task | None = None,
     fresh_head: bool = False,
     seed: int = 0,
+    runs: bool = True,
 ) -> Session:
     """Loads the original model onto the device, or only its shapes.
 
@@ -118,19 +129,21 @@ def open_session(
       task: what a classifier is to tell apart; None: a language model is wanted.
       fresh_head: make a classification head where there is none.
       seed: of that head.
+      runs: the model will be run; if not, an image encoder needs no task.
 
     Raises:
       EmlocError: see `fit_task` and `load_pretrained`.
     """
     load = _loader(options)
     with status(f"Opening {options.source}"):
-        task = fit_task(task, load(abstract=True, tokenizer=False), fresh_head=fresh_head)
+        found = load(abstract=True, tokenizer=False)
+        if runs or not isinstance(found.config, VisionConfig):
+            task = fit_task(task, found, fresh_head=fresh_head)
         if task is not None:
             load = functools.partial(load, num_labels=task.outputs, seed=seed)
         base = load(abstract=True)
     apply = intercept(base.model.apply)
-    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
-    kernels = find_kernels(base.model.apply, base.params, tokens)
+    kernels = find_kernels(base.model.apply, base.params, **_shapes_of_inputs(base.config))
     if task is None:
         session = Session(base, apply, make_loss(apply, chunk=chunk), kernels)
     else:
@@ -138,6 +151,19 @@ def open_session(
         loss = make_label_loss(logits)
         session = Session(named_head(base, task), apply, loss, kernels, task, logits)
     return session if abstract else load_parameters(session, options, seed=seed)
+
+
+def _shapes_of_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """One small batch, in shapes, that every kernel sees."""
+    vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
+    shapes = {}
+    if vision is not config:
+        shapes["tokens"] = jax.ShapeDtypeStruct((1, 8), np.int32)
+    if vision is not None:
+        lead = (1,) if vision is config else (1, 1)
+        shape = (*lead, *vision.image_size, vision.num_channels)
+        shapes["pixels"] = jax.ShapeDtypeStruct(shape, np.float32)
+    return shapes
 
 
 def load_parameters(

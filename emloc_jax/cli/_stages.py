@@ -99,13 +99,7 @@ def input_moments(
     """
 
     def hidden(variables: Any, batch: Any) -> jax.Array:
-        return session.apply(
-            variables,
-            batch["tokens"],
-            positions=batch["positions"],
-            segments=batch["segments"],
-            method="hidden",
-        )
+        return session.apply(variables, *session.inputs(batch), method="hidden")
 
     with tick("Calibrating", len(batches)) as move:
         return calibrate(

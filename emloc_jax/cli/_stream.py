@@ -14,7 +14,7 @@ from emloc_jax.cli._options import DataOptions, FinetuneConfig, ModelOptions, Sc
 from emloc_jax.cli._session import Session, byte_size, packaged
 from emloc_jax.cli._stages import Scores
 from emloc_jax.errors import ConfigError
-from emloc_jax.models import BlockSource
+from emloc_jax.models import BlockSource, InternVLConfig, VisionConfig
 from emloc_jax.offload import free_host_memory
 from emloc_jax.streaming import AdaptedBlocks, stream_generate, stream_loss
 from emloc_jax.training import Row, evaluate_generation
@@ -36,20 +36,25 @@ def wants_stream(text: str, options: ModelOptions) -> bool:
       options: which model.
 
     Raises:
-      ConfigError: another text.
+      ConfigError: another text, or true for a model of images.
     """
-    match str(text).lower():
-        case "true":
-            return True
-        case "false":
-            return False
-        case "auto":
-            pass
-        case _:
-            raise ConfigError(f"stream={text} was asked for; it is auto, true or false.")
+    asked = str(text).lower()
+    if asked not in ("true", "false", "auto"):
+        raise ConfigError(f"stream={text} was asked for; it is auto, true or false.")
+    if asked == "false":
+        return False
     found = load_pretrained(
         packaged(options.source), dtype=options.dtype, abstract=True, tokenizer=False
     )
+    if isinstance(found.config, VisionConfig | InternVLConfig):
+        if asked == "true":
+            raise ConfigError(
+                f"stream=true was asked for, but {options.source} is a {found.config.model_type} "
+                "model; only models of text are read a block at a time. Leave it out."
+            )
+        return False
+    if asked == "true":
+        return True
     size, free = byte_size(found.params), _free_memory()
     if size > SHARE * free:
         say(

@@ -7,8 +7,14 @@ from emloc_jax.checkpoints import Pretrained
 from emloc_jax.cli._options import DataOptions, ScoreOptions
 from emloc_jax.cli._rows import Rows, glue_name
 from emloc_jax.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
-from emloc_jax.models import EncoderConfig
-from emloc_jax.training import LabelledRow, check_label_metrics, glue_task, label_names
+from emloc_jax.models import EncoderConfig, VisionConfig
+from emloc_jax.training import (
+    ImageRow,
+    LabelledRow,
+    check_label_metrics,
+    glue_task,
+    label_names,
+)
 
 __all__ = ["Task", "fit_task", "named_head", "task_of"]
 
@@ -22,12 +28,14 @@ class Task:
       metrics: what is scored.
       known: the order of the classes is the task's own, not that of the names found in rows.
       positive: the class that F1 is of, whatever order a head has: the second of the task's own.
+      images: rows are images, not texts.
     """
 
     names: tuple[str, ...]
     metrics: tuple[str, ...]
     known: bool
     positive: int = 1
+    images: bool = False
 
     @property
     def outputs(self) -> int:
@@ -41,7 +49,7 @@ def task_of(rows: Rows, data: DataOptions, scores: ScoreOptions) -> Task | None:
     Raises:
       ConfigError: options that only language models have.
     """
-    labelled = [row for row in rows if isinstance(row, LabelledRow)]
+    labelled = [row for row in rows if isinstance(row, LabelledRow | ImageRow)]
     if not labelled:
         return None
     for name in ("chat", "system", "packing"):
@@ -49,7 +57,8 @@ def task_of(rows: Rows, data: DataOptions, scores: ScoreOptions) -> Task | None:
             raise ConfigError(f"data.{name} is for language models; a classifier cannot use it.")
     glue = glue_name(data)
     if glue is None:
-        task = Task(label_names(labelled), ("accuracy",), known=False)
+        images = isinstance(labelled[0], ImageRow)
+        task = Task(label_names(labelled), ("accuracy",), known=False, images=images)
     else:
         task = Task(glue_task(glue).labels, glue_task(glue).metrics, known=True)
     if scores.scores is not None:
@@ -72,13 +81,26 @@ def fit_task(task: Task | None, found: Pretrained, *, fresh_head: bool) -> Task 
         not fit or lacks its package.
     """
     config, source = found.config, found.source
-    if not isinstance(config, EncoderConfig):
+    if not isinstance(config, EncoderConfig | VisionConfig):
         if task is not None:
             raise ConfigError(
                 f"The rows have labels, but {source} is a {config.model_type} language model. Give "
-                "a BERT or RoBERTa encoder, or rows with prompt and completion."
+                "an encoder (of texts or of images), or rows with prompt and completion."
             )
         return None
+    sees = isinstance(config, VisionConfig)
+    if task is None and sees:
+        raise UnsupportedArchitectureError(
+            f"{source} is a {config.model_type} image encoder; finetune and eval take it as a "
+            "classifier, on a folder of images with a subfolder for each class, or with "
+            "data.columns={image: COLUMN, label: COLUMN}."
+        )
+    if task is not None and task.images != sees:
+        raise ConfigError(
+            f"The rows are {'images' if task.images else 'texts'}, and {source} is a "
+            f"{config.model_type}, which reads {'images' if sees else 'texts'}. Give rows and a "
+            "model of one kind."
+        )
     if task is None:
         raise UnsupportedArchitectureError(
             f"{source} is a {config.model_type} encoder; finetune (method=full or lsp) and eval "

@@ -37,10 +37,10 @@ def run_eval(config: EvalConfig) -> None:
     rows = read_source(source, config.data, first=config.eval.rows)
     task = task_of(rows, config.data, config.eval)
     check_scores(config.eval, task)
-    if task is not None and (config.adapter or config.emulator):
+    if task is not None and not task.images and (config.adapter or config.emulator):
         raise UnsupportedArchitectureError(
-            "An adapter or emulator was given with rows that have labels; a classifier is "
-            "evaluated as it is saved. Leave it out."
+            "An adapter or emulator was given with texts that have labels; a classifier of texts "
+            "is evaluated as it is saved. Leave it out."
         )
     streamed = task is None and wants_stream(config.stream, config.model)
     session = open_session(config.model, task=task, abstract=streamed)

@@ -37,7 +37,7 @@ def run_merge(config: MergeConfig, *, resume: bool = False) -> None:
             "--resume goes on with a model that is written a tensor at a time. Give stream=true, "
             "or leave --resume out."
         )
-    session = open_session(config.model, abstract=True)
+    session = open_session(config.model, abstract=True, runs=False)
     adapters = load_adapter(config.adapter, session.base)
     keep_budget(session, config.memory_budget, *merge_setting(adapters, stream=streamed))
     if not streamed:
@@ -58,7 +58,7 @@ def run_export(config: ExportConfig) -> None:
             "Orbax parameters are written from a model that is whole in memory. Give stream=false "
             "on a machine that holds it, or export with format=huggingface."
         )
-    session = open_session(config.model, abstract=streamed)
+    session = open_session(config.model, abstract=streamed, runs=False)
     adapters = load_adapter(config.adapter, session.base) if config.adapter else None
     if config.format == "huggingface":
         open_original(session).write_merged(Path(config.output), adapters)

@@ -13,7 +13,7 @@ import numpy as np
 from emloc_jax.checkpoints import load_pretrained
 from emloc_jax.errors import CheckpointError, ConfigError
 from emloc_jax.kernels import KernelSpec, find_kernels
-from emloc_jax.models import CausalModel, model_from_hf
+from emloc_jax.models import CausalModel, InternVL, model_from_hf
 
 __all__ = ["AbstractModel", "abstract_model"]
 
@@ -82,9 +82,10 @@ def abstract_model(
         model, params = found.model, found.params
     else:
         model, params = model_from_hf(config, param_dtype=jnp.dtype(dtype), **options), None
-    if not isinstance(model, CausalModel):
-        kind = type(model).__name__
-        raise ConfigError(f"{label} is of the kind {kind}; plans are for language models.")
+    if not isinstance(model, CausalModel) or isinstance(model, InternVL):
+        raise ConfigError(
+            f"{label} is a {type(model).__name__}; plans are for language models of text."
+        )
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     if params is None:
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

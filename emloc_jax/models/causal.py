@@ -163,7 +163,12 @@ class CausalModel(nn.Module, abc.ABC):
         return logits.astype(jnp.float32)
 
     def decode(
-        self, tokens: Array, positions: Array, cache: dict[str, Array], last_only: bool = False
+        self,
+        tokens: Array,
+        positions: Array,
+        cache: dict[str, Array],
+        last_only: bool = False,
+        **inputs: Array,
     ) -> tuple[Array, dict[str, Array]]:
         """Logits of new tokens that see the cache and one another; ``method='decode'``.
 
@@ -173,6 +178,7 @@ class CausalModel(nn.Module, abc.ABC):
             cache: from ``init_cache`` or the previous call; it must have T free slots.
             last_only: logits of the last of the T tokens only. Prompts are padded on the left, so
                 that this is the last real token of every row.
+            **inputs: what else ``embed`` takes, tiles of images say.
 
         Returns:
             (logits (B, T or 1, V) fp32, the cache with the T tokens written).
@@ -186,7 +192,7 @@ class CausalModel(nn.Module, abc.ABC):
             x, kept = carry
             return block.decode(x, kept, layer, slot, context)
 
-        carry = self.embed(tokens, positions), (cache["k"], cache["v"])
+        carry = self.embed(tokens, positions, **inputs), (cache["k"], cache["v"])
         x, (keys, values) = self._through_layers(run, carry)
         logits = self.head(x[:, -1:] if last_only else x)
         length = slot + tokens.shape[1]

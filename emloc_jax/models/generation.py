@@ -14,6 +14,7 @@ from jax import Array
 from emloc_jax.errors import ConfigError
 from emloc_jax.models.cache import grow_cache, init_cache
 from emloc_jax.models.causal import CausalModel
+from emloc_jax.models.image_tokens import check_images
 from emloc_jax.models.prompts import check_prompts, pad_prompts
 from emloc_jax.models.sampling import sample_tokens
 
@@ -34,6 +35,7 @@ def generate(
     batch_size: int | None = None,
     pad_to: int = 64,
     apply: Callable | None = None,
+    pixels: Sequence[np.ndarray] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until a stop token or ``max_new_tokens``.
 
@@ -55,6 +57,9 @@ def generate(
         batch_size: rows per compiled call; None: all prompts at once.
         pad_to: prompt lengths are rounded up to a multiple of it.
         apply: stands in for ``model.apply``, an intercepted one say.
+        pixels: for an ``InternVL`` the tiles of every prompt's images, (tiles, height, width,
+            channels) each and as many as its image tokens need; of all prompts the most tiles
+            decide what is compiled. None: no prompt has an image.
 
     Returns:
         The new tokens of every prompt, in order.
@@ -76,6 +81,9 @@ def generate(
     """
     check_settings(max_new_tokens, temperature, top_k, top_p, key, batch_size, pad_to)
     check_prompts(model.config, prompts, max_new_tokens)
+    if pixels is not None:
+        for row, (prompt, tiles) in enumerate(zip(prompts, pixels, strict=True), 1):
+            check_images(model.config, np.asarray([prompt]), [len(tiles)], [f"prompt {row}"])
     if not len(prompts):
         return []
     rows = len(prompts) if batch_size is None else batch_size
@@ -92,6 +100,7 @@ def generate(
     for first in range(0, len(prompts), rows):
         batch = prompts[first : first + rows]
         tokens, positions = pad_prompts(batch, rows=rows, pad_to=pad_to)
+        images = {} if pixels is None else _tiles(pixels, first, rows)
         if sampling:
             sampling["keys"] = row_keys(key, first + jnp.arange(rows))
         new, counts = _generate_batch(
@@ -100,6 +109,7 @@ def generate(
             positions,
             stops,
             sampling,
+            images,
             apply=model.apply if apply is None else apply,
             config=model.config,
             dtype=jnp.dtype(model.dtype),
@@ -109,6 +119,18 @@ def generate(
         new, counts = np.asarray(new), np.asarray(counts)
         replies += [new[row, : counts[row]].tolist() for row in range(len(batch))]
     return replies
+
+
+def _tiles(pixels: Sequence[np.ndarray], first: int, rows: int) -> dict[str, np.ndarray]:
+    """Tiles of one batch, those that a row lacks as zeros; nothing if no prompt has any."""
+    most = max(len(tiles) for tiles in pixels)
+    if most == 0:
+        return {}
+    shape = next(tiles.shape[1:] for tiles in pixels if len(tiles))
+    batch = np.zeros((rows, most, *shape), np.float32)
+    for row, tiles in enumerate(pixels[first : first + rows]):
+        batch[row, : len(tiles)] = tiles if len(tiles) else 0
+    return {"pixels": batch}
 
 
 @jax.jit
@@ -148,7 +170,7 @@ def choose_token(
 
 @functools.partial(jax.jit, static_argnames=("apply", "config", "dtype", "max_new_tokens", "top_k"))
 def _generate_batch(
-    params, tokens, positions, stops, sampling,
+    params, tokens, positions, stops, sampling, images,
     *, apply, config, dtype, max_new_tokens, top_k,
 ):  # fmt: skip
     """(tokens (B, max_new_tokens), how many of them each row keeps (B,))."""
@@ -201,7 +223,9 @@ def _generate_batch(
         "done": positions[:, -1] < 0,  # a row without a prompt
     }
     cache = init_cache(config, batch, length, dtype)
-    logits, cache = apply(variables, tokens, positions, cache, last_only=True, method="decode")
+    logits, cache = apply(
+        variables, tokens, positions, cache, last_only=True, method="decode", **images
+    )
     # The last new token is never read back, so it needs no slot.
     state = accept(start, logits, grow_cache(cache, length + max_new_tokens - 1))
     state = jax.lax.while_loop(unfinished, advance, state)

@@ -47,8 +47,9 @@ class VisionAttention(nn.Module):
         if self.config.qk_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        parts = (part.reshape(heads) for part in (queries, keys, values))
-        return self.output(attend(*parts, None, causal=False, implementation=self.implementation))
+        queries, keys, values = (part.reshape(heads) for part in (queries, keys, values))
+        how = self.implementation
+        return self.output(attend(queries, keys, values, None, causal=False, implementation=how))
 
 
 class VisionBlock(nn.Module):

@@ -8,7 +8,7 @@ import jax
 
 from emloc_jax.errors import UnsupportedArchitectureError
 from emloc_jax.kernels import intercept
-from emloc_jax.models import BlockStack, CausalModel, block_stack
+from emloc_jax.models import BlockStack, CausalModel, InternVL, block_stack
 from emloc_jax.training import make_head_loss
 
 __all__ = ["StreamedModel", "streamed_model"]
@@ -46,10 +46,10 @@ def streamed_model(model: Any, *, chunk: int = 256) -> StreamedModel:
     Raises:
       UnsupportedArchitectureError: another kind of model.
     """
-    if not isinstance(model, CausalModel):
+    if not isinstance(model, CausalModel) or isinstance(model, InternVL):
         raise UnsupportedArchitectureError(
-            f"A {type(model).__name__} was to be run a block at a time; that works for causal "
-            "language models only. Run it in memory (stream=false)."
+            f"A {type(model).__name__} was to be run a block at a time; that works for language "
+            "models of text only. Run it in memory (stream=false)."
         )
 
     def wrap(apply: Callable) -> Callable:

@@ -34,7 +34,7 @@ class LabelledExample:
     origin: str
 
 
-def label_names(rows: Iterable[LabelledRow]) -> tuple[str, ...]:
+def label_names(rows: Iterable[Any]) -> tuple[str, ...]:
     """The different labels of rows, sorted: as numbers if all of them are, else as text.
 
     Example:

@@ -132,7 +132,8 @@ class ImageProcessor:
         Returns:
             (height, width, 3) float32.
         """
-        return self._normalise(image.resize(self.size[::-1], self.resample))
+        high, wide = self.size
+        return self._normalise(image.resize((wide, high), self.resample))
 
     def tiles(self, image: Image.Image) -> np.ndarray:
         """The tiles of an image, as many as ``tile_count`` says; see ``cut_tiles``.
@@ -166,7 +167,7 @@ class ImageProcessor:
 
     def _normalise(self, image: Image.Image) -> np.ndarray:
         numbers = np.asarray(image, np.float32) * np.float32(self.scale)
-        mean, deviation = np.float32(self.mean), np.float32(self.deviation)
+        mean, deviation = np.asarray([self.mean, self.deviation], np.float32)
         return (numbers - mean) / deviation
 
 

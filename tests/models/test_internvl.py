@@ -14,6 +14,7 @@ from emloc_jax.models import (
     InternVLConfig,
     block_stack,
     check_images,
+    generate,
     hf_storage,
     hf_tensor_names,
     stack_layers,
@@ -21,6 +22,7 @@ from emloc_jax.models import (
 from tests.models.torch_vision import (
     IMAGE,
     INTERNVLS,
+    channels_first,
     images,
     our_config,
     our_params,
@@ -138,3 +140,25 @@ def test_what_is_not_implemented_is_refused_by_name():
     for changes in (dict(shuffle=3), dict(vision=our_config("vit"))):
         with pytest.raises(ConfigError):
             dataclasses.replace(config, **changes)
+
+
+def test_greedy_answers_to_prompts_with_images_are_torch_s():
+    """One prompt with two images, one with one, one without; padded on the left, as they come."""
+    import torch
+
+    variant = "internvl"
+    model, pixels = InternVL(our_config(variant)), tiles_of(variant)
+    tokens, segments, counts = prompts(variant)
+    given = [row[: segments[i].sum()].tolist() for i, row in enumerate(tokens)] + [[5, 9, 11]]
+    tiles = [own[:count] for own, count in zip(pixels, counts, strict=True)] + [pixels[0, :0]]
+    params = our_params(variant)
+    ours = generate(model, params, given, max_new_tokens=4, pad_to=8, pixels=tiles)
+    for prompt, own, answer in zip(given, tiles, ours, strict=True):
+        images = dict(pixel_values=channels_first(own)) if len(own) else {}
+        with torch.no_grad():
+            found = torch_model(variant).generate(
+                input_ids=torch.asarray([prompt]), max_new_tokens=4, do_sample=False, **images
+            )
+        assert answer == found[0, len(prompt) :].tolist()
+    with pytest.raises(DataError, match="prompt 1: 12 image tokens for 1 tiles"):
+        generate(model, params, given[:1], max_new_tokens=1, pixels=[pixels[0, :1]])

@@ -1,0 +1,139 @@
+"""Rows with images, tokenized for the model of a session."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from emloc_jax.cli._options import DataOptions
+from emloc_jax.cli._session import Session
+from emloc_jax.errors import ConfigError
+from emloc_jax.models import InternVLConfig, check_images
+from emloc_jax.training import (
+    ImageProcessor,
+    ImageRow,
+    ImageTokens,
+    Row,
+    encode_image_rows,
+    encode_rows,
+    image_examples,
+    open_image,
+    pad_image_examples,
+    pad_labelled_images,
+    prompt_tokens,
+)
+
+__all__ = ["ImagePrompt", "encode_image_texts", "encode_images", "image_prompt", "image_tokens"]
+
+
+class ImagePrompt(list[int]):
+    """Token ids of a prompt, with the tiles of its images.
+
+    Attributes:
+      pixels: (tiles, height, width, channels).
+    """
+
+    pixels: np.ndarray
+
+
+def image_processor(session: Session, options: DataOptions) -> ImageProcessor:
+    """What makes images into numbers, as the model's folder and the options say.
+
+    Raises:
+      CheckpointError: the folder does not say it.
+      ConfigError: images of another size than the model takes, or an impossible number of tiles.
+    """
+    base = session.base
+    tiled = isinstance(base.config, InternVLConfig)
+    vision = base.config.vision if tiled else base.config
+    processor = ImageProcessor.from_folder(base.source, tiled=tiled)
+    if processor.size != vision.image_size or vision.num_channels != 3:
+        raise ConfigError(
+            f"The image processor of {base.source} makes images of {processor.size} in 3 channels, "
+            f"the model takes {vision.image_size} in {vision.num_channels}. Correct size in "
+            "preprocessor_config.json."
+        )
+    if options.max_tiles is not None:
+        least = min(processor.least, max(options.max_tiles, 1))
+        processor = dataclasses.replace(processor, most=options.max_tiles, least=least)
+    return processor
+
+
+def encode_images(
+    session: Session, rows: Sequence[Any], options: DataOptions
+) -> tuple[Sequence[Any], Any]:
+    """Images to classify: their examples, and what makes a batch of them.
+
+    Raises:
+      DataError: an image that cannot be read, or a label that is not learnt.
+      ConfigError: see `image_processor`.
+    """
+    assert session.task is not None
+    images = [row for row in rows if isinstance(row, ImageRow)]
+    examples = encode_image_rows(images, names=session.task.names)
+    processor = image_processor(session, options)
+    return examples, functools.partial(pad_labelled_images, processor=processor)
+
+
+def encode_image_texts(
+    session: Session, rows: Sequence[Row], options: DataOptions, limit: int
+) -> tuple[Sequence[Row], Sequence[Any], Any]:
+    """Rows of text and images: themselves with image tokens in place, examples, and their batches.
+
+    Raises:
+      DataError: a row that does not fit, or an image that cannot be read.
+      ConfigError: packing or truncation, which would tear images from their tokens.
+    """
+    if options.packing or options.truncate is not None:
+        raise ConfigError(
+            f"data.packing={options.packing} and data.truncate={options.truncate} were given with "
+            "a model of images; rows with images are neither packed nor cut. Leave both out."
+        )
+    words = image_tokens(session, options)
+    placed = [words.place(row) for row in rows]
+    plain = encode_rows(
+        placed,
+        session.tokenizer,
+        max_length=limit,
+        chat=options.chat,
+        system=options.system,
+        expand=words.expand,
+    )
+    examples = image_examples(placed, plain, words)
+    for example in examples:
+        given = example.tokens[None]
+        check_images(session.base.config, given, [example.tiles], [example.origin])
+    most = max(example.tiles for example in examples)
+    pad = functools.partial(pad_image_examples, tiles=most, processor=words.processor)
+    return placed, examples, pad
+
+
+def image_tokens(session: Session, options: DataOptions) -> ImageTokens:
+    """How images are written in the prompts of an InternVL.
+
+    Raises:
+      ConfigError: see `ImageTokens.of` and `image_processor`.
+    """
+    config = session.base.config
+    processor = image_processor(session, options)
+    return ImageTokens.of(session.tokenizer, config.image_token_id, config.tile_tokens, processor)
+
+
+def image_prompt(row: Row, *, words: ImageTokens, **how: Any) -> ImagePrompt:
+    """The prompt of a row, as `prompt_tokens` makes it, with the tiles of its images.
+
+    Args:
+      row: from `ImageTokens.place`.
+      words: how images are written.
+      **how: of `prompt_tokens`.
+
+    Raises:
+      DataError: see `prompt_tokens`, or an image that cannot be read.
+    """
+    prompt = ImagePrompt(prompt_tokens(row, expand=words.expand, **how))
+    tiles = [words.processor.tiles(open_image(path, row.origin)) for path in row.images]
+    none = np.zeros((0, *words.processor.size, 3), np.float32)
+    prompt.pixels = np.concatenate([none, *tiles])
+    return prompt
