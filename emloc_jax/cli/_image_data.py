@@ -38,8 +38,12 @@ class ImagePrompt(list[int]):
     pixels: np.ndarray
 
 
-def image_processor(session: Session, options: DataOptions) -> ImageProcessor:
-    """What makes images into numbers, as the model's folder and the options say.
+def image_processor(session: Session, max_tiles: int | None) -> ImageProcessor:
+    """What makes images into numbers, as the model's folder says.
+
+    Args:
+      session: of a model of images.
+      max_tiles: of an image; None: as the folder says.
 
     Raises:
       CheckpointError: the folder does not say it.
@@ -55,9 +59,9 @@ def image_processor(session: Session, options: DataOptions) -> ImageProcessor:
             f"the model takes {vision.image_size} in {vision.num_channels}. Correct size in "
             "preprocessor_config.json."
         )
-    if options.max_tiles is not None:
-        least = min(processor.least, max(options.max_tiles, 1))
-        processor = dataclasses.replace(processor, most=options.max_tiles, least=least)
+    if max_tiles is not None and tiled:
+        least = min(processor.least, max(max_tiles, 1))
+        processor = dataclasses.replace(processor, most=max_tiles, least=least)
     return processor
 
 
@@ -73,7 +77,7 @@ def encode_images(
     assert session.task is not None
     images = [row for row in rows if isinstance(row, ImageRow)]
     examples = encode_image_rows(images, names=session.task.names)
-    processor = image_processor(session, options)
+    processor = image_processor(session, options.max_tiles)
     return examples, functools.partial(pad_labelled_images, processor=processor)
 
 
@@ -91,7 +95,7 @@ def encode_image_texts(
             f"data.packing={options.packing} and data.truncate={options.truncate} were given with "
             "a model of images; rows with images are neither packed nor cut. Leave both out."
         )
-    words = image_tokens(session, options)
+    words = image_tokens(session, options.max_tiles)
     placed = [words.place(row) for row in rows]
     plain = encode_rows(
         placed,
@@ -110,14 +114,18 @@ def encode_image_texts(
     return placed, examples, pad
 
 
-def image_tokens(session: Session, options: DataOptions) -> ImageTokens:
+def image_tokens(session: Session, max_tiles: int | None) -> ImageTokens:
     """How images are written in the prompts of an InternVL.
+
+    Args:
+      session: of the model.
+      max_tiles: see `image_processor`.
 
     Raises:
       ConfigError: see `ImageTokens.of` and `image_processor`.
     """
     config = session.base.config
-    processor = image_processor(session, options)
+    processor = image_processor(session, max_tiles)
     return ImageTokens.of(session.tokenizer, config.image_token_id, config.tile_tokens, processor)
 
 
