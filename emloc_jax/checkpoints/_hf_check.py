@@ -44,9 +44,10 @@ def check_tensors(
     Raises:
       CheckpointError: missing or unexpected tensors, or wrong shapes; all are listed.
     """
-    if config.num_layers > len(source.tensors):  # before a list is made of what they would need
+    depth = max(part.num_layers for part in (config, getattr(config, "vision", config)))
+    if depth > len(source.tensors):  # before a list is made of what they would need
         raise CheckpointError(
-            f"{where} has {len(source.tensors)} tensors, too few for the {config.num_layers} "
+            f"{where} has {len(source.tensors)} tensors, too few for the {depth} "
             "layers of its config. Check that config.json and the weights belong together."
         )
     storage = hf_storage(config)

@@ -142,6 +142,15 @@ def test_an_internvl_learns_from_images_with_text(tmp_path, folders, pictures):
     # The rows are learnt on the emulator; that a random model keeps them is not claimed.
     assert trained["scores"]["exact_match"] == 1.0 and tuned["loss"] < zero["loss"]
 
+    out = tmp_path / "eval"
+    given = [f"model.source={folders}/internvl", f"data.test={rows}", f"output={out}"]
+    given += [f"emulator={run}/emulator", f"adapter={run}/adapter", "eval.scores=[]"]
+    assert main(["eval", *given, "eval.batch_size=8"]) == 0
+    assert stages(out)[0]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    image = pictures / "classes" / "red" / "0.png"
+    given = [f"model.source={run}/merged", f"image=[{image}]", "prompt=['Which colour']"]
+    assert main(["generate", *given, "chat=false", "sampling.max_new_tokens=2"]) == 0
+
     # In torch: the merged model, on a row whose wide image has two tiles and itself made small.
     kind = transformers.InternVLForConditionalGeneration
     merged, report = kind.from_pretrained(run / "merged", output_loading_info=True)
