@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,34 @@ __all__ = ["ImagePrompt", "encode_image_texts", "encode_images", "image_prompt",
 
 
 class ImagePrompt(list[int]):
-    """Token ids of a prompt, with the tiles of its images.
+    """Token ids of a prompt that knows its images, and reads them only when it is answered.
 
-    Attributes:
-      pixels: (tiles, height, width, channels).
+    Args:
+      ids: the tokens.
+      row: whose images they stand for; None: of none.
+      processor: makes their tiles.
     """
 
-    pixels: np.ndarray
+    def __init__(
+        self,
+        ids: Iterable[int] = (),
+        row: Row | None = None,
+        processor: ImageProcessor | None = None,
+    ):
+        super().__init__(ids)
+        self._row, self._processor = row, processor
+
+    def read_pixels(self) -> np.ndarray:
+        """The tiles of the images, (tiles, height, width, channels).
+
+        Raises:
+          DataError: an image cannot be read.
+        """
+        row, processor = self._row, self._processor
+        if row is None or processor is None:
+            return np.zeros((0, 1, 1, 3), np.float32)
+        tiles = [processor.tiles(open_image(path, row.origin)) for path in row.images]
+        return np.concatenate([np.zeros((0, *processor.size, 3), np.float32), *tiles])
 
 
 def image_processor(session: Session, max_tiles: int | None) -> ImageProcessor:
@@ -130,7 +151,7 @@ def image_tokens(session: Session, max_tiles: int | None) -> ImageTokens:
 
 
 def image_prompt(row: Row, *, words: ImageTokens, **how: Any) -> ImagePrompt:
-    """The prompt of a row, as `prompt_tokens` makes it, with the tiles of its images.
+    """The prompt of a row, as `prompt_tokens` makes it, with its images.
 
     Args:
       row: from `ImageTokens.place`.
@@ -138,10 +159,7 @@ def image_prompt(row: Row, *, words: ImageTokens, **how: Any) -> ImagePrompt:
       **how: of `prompt_tokens`.
 
     Raises:
-      DataError: see `prompt_tokens`, or an image that cannot be read.
+      DataError: see `prompt_tokens`, or the header of an image cannot be read.
     """
-    prompt = ImagePrompt(prompt_tokens(row, expand=words.expand, **how))
-    tiles = [words.processor.tiles(open_image(path, row.origin)) for path in row.images]
-    none = np.zeros((0, *words.processor.size, 3), np.float32)
-    prompt.pixels = np.concatenate([none, *tiles])
-    return prompt
+    ids = prompt_tokens(row, expand=words.expand, **how)
+    return ImagePrompt(ids, row, words.processor)
