@@ -83,7 +83,11 @@ def load_adapter(
     else:
         scales = read_peft_config(folder, conv1d=has_conv1d(config))
     info = _info(source)
-    linear = {module: (path, *size) for path, (module, *size) in linear_modules(config).items()}
+    linear = {
+        module: (path, *size)
+        for in_files in (True, False)
+        for path, (module, *size) in linear_modules(config, in_files=in_files).items()
+    }
     own = _Own.of(base) if isinstance(base, Pretrained) else None
     pairs = _pairs(source, scales, linear, own, folder)
     if check_base and isinstance(base, Pretrained) and info.base_fingerprint is not None:

@@ -8,11 +8,15 @@ from emloc_jax.models import hf_tensor_names
 __all__ = ["has_conv1d", "linear_modules", "tied_head_message"]
 
 
-def linear_modules(config: Any) -> dict[str, tuple[str, int, int]]:
+def linear_modules(config: Any, *, in_files: bool = False) -> dict[str, tuple[str, int, int]]:
     """Every linear layer: unrolled kernel path -> (module name, d_in, d_out).
 
     Names are those of transformers' class. Convolutions, and products that are no module of their
     own there, are left out.
+
+    Args:
+      config: of the model.
+      in_files: names as files have them, which are those of the class of earlier versions.
 
     >>> from emloc_jax.models import DecoderConfig
     >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
@@ -22,7 +26,8 @@ def linear_modules(config: Any) -> dict[str, tuple[str, int, int]]:
     """
     modules = {}
     for path, tensor in hf_tensor_names(config).items():
-        name, shape = tensor.class_name, tensor.parameter_shape
+        name = tensor.name if in_files else tensor.class_name
+        shape = tensor.parameter_shape
         if path.endswith("/kernel") and name.endswith(".weight") and len(shape) == 2:
             modules[path] = (name.removesuffix(".weight"), *shape)
     return modules

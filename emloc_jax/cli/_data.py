@@ -170,7 +170,7 @@ def prompt_reader(session: Session, options: DataOptions, new_tokens: int) -> An
     """From a row to the token ids of its prompt, which must leave room for `new_tokens`."""
     read: Any = prompt_tokens
     if isinstance(session.base.config, InternVLConfig):
-        read = functools.partial(image_prompt, words=image_tokens(session, options))
+        read = functools.partial(image_prompt, words=image_tokens(session, options.max_tiles))
     return functools.partial(
         read,
         tokenizer=session.tokenizer,

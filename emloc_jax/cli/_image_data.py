@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,42 @@ __all__ = ["ImagePrompt", "encode_image_texts", "encode_images", "image_prompt",
 
 
 class ImagePrompt(list[int]):
-    """Token ids of a prompt, with the tiles of its images.
+    """Token ids of a prompt that knows its images, and reads them only when it is answered.
 
-    Attributes:
-      pixels: (tiles, height, width, channels).
+    Args:
+      ids: the tokens.
+      row: whose images they stand for; None: of none.
+      processor: makes their tiles.
     """
 
-    pixels: np.ndarray
+    def __init__(
+        self,
+        ids: Iterable[int] = (),
+        row: Row | None = None,
+        processor: ImageProcessor | None = None,
+    ):
+        super().__init__(ids)
+        self._row, self._processor = row, processor
+
+    def read_pixels(self) -> np.ndarray:
+        """The tiles of the images, (tiles, height, width, channels).
+
+        Raises:
+          DataError: an image cannot be read.
+        """
+        row, processor = self._row, self._processor
+        if row is None or processor is None:
+            return np.zeros((0, 1, 1, 3), np.float32)
+        tiles = [processor.tiles(open_image(path, row.origin)) for path in row.images]
+        return np.concatenate([np.zeros((0, *processor.size, 3), np.float32), *tiles])
 
 
-def image_processor(session: Session, options: DataOptions) -> ImageProcessor:
-    """What makes images into numbers, as the model's folder and the options say.
+def image_processor(session: Session, max_tiles: int | None) -> ImageProcessor:
+    """What makes images into numbers, as the model's folder says.
+
+    Args:
+      session: of a model of images.
+      max_tiles: of an image; None: as the folder says.
 
     Raises:
       CheckpointError: the folder does not say it.
@@ -55,9 +80,9 @@ def image_processor(session: Session, options: DataOptions) -> ImageProcessor:
             f"the model takes {vision.image_size} in {vision.num_channels}. Correct size in "
             "preprocessor_config.json."
         )
-    if options.max_tiles is not None:
-        least = min(processor.least, max(options.max_tiles, 1))
-        processor = dataclasses.replace(processor, most=options.max_tiles, least=least)
+    if max_tiles is not None and tiled:
+        least = min(processor.least, max(max_tiles, 1))
+        processor = dataclasses.replace(processor, most=max_tiles, least=least)
     return processor
 
 
@@ -73,7 +98,7 @@ def encode_images(
     assert session.task is not None
     images = [row for row in rows if isinstance(row, ImageRow)]
     examples = encode_image_rows(images, names=session.task.names)
-    processor = image_processor(session, options)
+    processor = image_processor(session, options.max_tiles)
     return examples, functools.partial(pad_labelled_images, processor=processor)
 
 
@@ -91,7 +116,7 @@ def encode_image_texts(
             f"data.packing={options.packing} and data.truncate={options.truncate} were given with "
             "a model of images; rows with images are neither packed nor cut. Leave both out."
         )
-    words = image_tokens(session, options)
+    words = image_tokens(session, options.max_tiles)
     placed = [words.place(row) for row in rows]
     plain = encode_rows(
         placed,
@@ -110,19 +135,23 @@ def encode_image_texts(
     return placed, examples, pad
 
 
-def image_tokens(session: Session, options: DataOptions) -> ImageTokens:
+def image_tokens(session: Session, max_tiles: int | None) -> ImageTokens:
     """How images are written in the prompts of an InternVL.
+
+    Args:
+      session: of the model.
+      max_tiles: see `image_processor`.
 
     Raises:
       ConfigError: see `ImageTokens.of` and `image_processor`.
     """
     config = session.base.config
-    processor = image_processor(session, options)
+    processor = image_processor(session, max_tiles)
     return ImageTokens.of(session.tokenizer, config.image_token_id, config.tile_tokens, processor)
 
 
 def image_prompt(row: Row, *, words: ImageTokens, **how: Any) -> ImagePrompt:
-    """The prompt of a row, as `prompt_tokens` makes it, with the tiles of its images.
+    """The prompt of a row, as `prompt_tokens` makes it, with its images.
 
     Args:
       row: from `ImageTokens.place`.
@@ -130,10 +159,7 @@ def image_prompt(row: Row, *, words: ImageTokens, **how: Any) -> ImagePrompt:
       **how: of `prompt_tokens`.
 
     Raises:
-      DataError: see `prompt_tokens`, or an image that cannot be read.
+      DataError: see `prompt_tokens`, or the header of an image cannot be read.
     """
-    prompt = ImagePrompt(prompt_tokens(row, expand=words.expand, **how))
-    tiles = [words.processor.tiles(open_image(path, row.origin)) for path in row.images]
-    none = np.zeros((0, *words.processor.size, 3), np.float32)
-    prompt.pixels = np.concatenate([none, *tiles])
-    return prompt
+    ids = prompt_tokens(row, expand=words.expand, **how)
+    return ImagePrompt(ids, row, words.processor)

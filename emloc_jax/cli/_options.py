@@ -376,6 +376,10 @@ class GenerateConfig:
     emulator: str | None = option(None, "emulator folder to run instead of the original")
     chat: bool = option(True, "use the tokenizer's chat template, if it has one")
     system: str | None = option(None, "system turn of the chat")
+    image: list[str] = option(
+        [], "InternVL: files of images for every prompt; <image> in it says where they stand"
+    )
+    max_tiles: int | None = option(None, "InternVL: most tiles that an image is cut into")
     stream: str = option("auto", STREAM)
     model: ModelOptions = group(ModelOptions)
     sampling: SamplingOptions = group(SamplingOptions)

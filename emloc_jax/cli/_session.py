@@ -75,8 +75,9 @@ class Session:
         **sampling: Any,
     ) -> list[str]:
         """Texts that continue tokenized prompts; an `ImagePrompt` brings its tiles."""
-        if any(hasattr(prompt, "pixels") for prompt in prompts):
-            sampling["pixels"] = [getattr(prompt, "pixels") for prompt in prompts]  # noqa: B009
+        readers = [getattr(prompt, "read_pixels", None) for prompt in prompts]
+        if any(readers):
+            sampling["pixels"] = [read() for read in readers if read is not None]
         new = generate(
             self.base.model,
             params,

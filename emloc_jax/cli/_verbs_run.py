@@ -1,6 +1,7 @@
 """The commands that run a model: evaluation and generation."""
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from emloc_jax.checkpoints import load_adapter, load_emulator
 from emloc_jax.cli._checks import check_scores
 from emloc_jax.cli._console import console, results, status
 from emloc_jax.cli._data import encode
+from emloc_jax.cli._image_data import image_prompt, image_tokens
 from emloc_jax.cli._options import EvalConfig, GenerateConfig
 from emloc_jax.cli._report import RunReport, StageRow
 from emloc_jax.cli._rows import read_source
@@ -22,6 +24,7 @@ from emloc_jax.cli._stages import score
 from emloc_jax.cli._stream import open_streamed, wants_stream
 from emloc_jax.cli._task import task_of
 from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
+from emloc_jax.models import InternVLConfig
 from emloc_jax.training import Row, prompt_tokens
 
 __all__ = ["run_eval", "run_generate"]
@@ -74,16 +77,22 @@ def run_generate(config: GenerateConfig) -> None:
     session = open_session(config.model, abstract=streamed)
     chat = config.chat and bool(getattr(session.tokenizer, "chat_template", None))
     limit = session.base.config.max_position_embeddings - config.sampling.max_new_tokens
-    tokens = [
-        prompt_tokens(
-            Row(f"prompt {i}", prompt=text, completion=""),
-            session.tokenizer,
-            max_length=limit,
-            chat=chat,
-            system=config.system,
-        )
+    images, read = tuple(config.image), prompt_tokens
+    rows = [
+        Row(f"prompt {i}", prompt=text, completion="", images=images)
         for i, text in enumerate(prompts, start=1)
     ]
+    if isinstance(session.base.config, InternVLConfig):
+        words = image_tokens(session, config.max_tiles)
+        rows = [words.place(row) for row in rows]
+        read = functools.partial(image_prompt, words=words)
+    elif images:
+        raise ConfigError(
+            f"image={list(images)} was given, but {session.base.source} is a "
+            f"{session.base.config.model_type}, which reads text alone. Give an InternVL."
+        )
+    how = {"max_length": limit, "chat": chat, "system": config.system}
+    tokens = [read(row, tokenizer=session.tokenizer, **how) for row in rows]
     sampling: dict[str, Any] = {"temperature": config.sampling.temperature}
     if config.sampling.temperature > 0:
         sampling |= {"top_k": config.sampling.top_k, "top_p": config.sampling.top_p}

@@ -12,6 +12,7 @@ from emloc_jax.adapters import attach
 from emloc_jax.checkpoints import load_adapter, load_pretrained, save_adapter, save_pretrained
 from emloc_jax.errors import AdapterMismatchError, CheckpointError
 from emloc_jax.kernels import intercept
+from emloc_jax.models import hf_tensor_names
 from tests.checkpoints.random_adapters import random_adapters
 from tests.models.torch_vision import (
     INTERNVLS,
@@ -150,6 +151,20 @@ def test_our_adapter_gives_our_logits_in_torch(tmp_path, variant):
             expected = model(pixel_values=channels_first(images(variant)))
     assert_close(found, expected.logits.numpy(), variant, atol=2e-4)
     assert np.abs(found - ours(base, variant)).max() > 0.01
+    again = load_adapter(tmp_path / "out", base)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, adapters)))
+
+    # With the names of earlier versions of transformers, which files have still.
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    old = {}
+    for name, tensor in load_file(file).items():
+        for tensors in hf_tensor_names(base.config).values():
+            module = tensors.class_name.removesuffix(".weight")
+            if f".{module}.lora_" in name:
+                name = name.replace(module, tensors.name.removesuffix(".weight"))
+                break
+        old[name] = tensor
+    save_file(old, file)
     again = load_adapter(tmp_path / "out", base)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, adapters)))
 

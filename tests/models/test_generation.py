@@ -66,7 +66,7 @@ def test_prefill_never_forms_all_logits():
     params = jax.eval_shape(model.init, jax.random.key(0), tokens(1, 1))["params"]
     integers = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     compiled = _generate_batch.lower(
-        params, integers, integers, np.zeros(0, np.int32), {}, apply=model.apply, config=config,
+        params, integers, integers, np.zeros(0, np.int32), {}, {}, apply=model.apply, config=config,
         dtype=jnp.dtype(jnp.float32), max_new_tokens=2, top_k=None,
     ).compile()  # fmt: skip
     assert compiled.memory_analysis().temp_size_in_bytes < batch * length * 5000 * 4 / 2

@@ -9,6 +9,8 @@ from emloc_jax.models import (
     Flux,
     FluxConfig,
     Gpt2,
+    InternVL,
+    VisionEncoder,
     config_from_hf,
     hf_storage,
     is_buffer,
@@ -20,6 +22,11 @@ from emloc_jax.models import (
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, n_embd=16, n_layer=2, n_head=4)
+SIZES |= dict(image_size=16, patch_size=4)
+NESTED = {"vision_config": SIZES, "text_config": SIZES, "image_token_id": 3, "image_seq_length": 4}
+KINDS = {"GPT2": Gpt2, "Bert": Encoder, "Robe": Encoder, "ViTM": VisionEncoder}
+KINDS |= {"ViTF": VisionEncoder, "Sigl": VisionEncoder}
+KINDS |= {"InternVLVisionModel": VisionEncoder, "InternVLForConditionalGeneration": InternVL}
 
 
 OF_TRANSFORMERS = [name for name in supported_classes() if not name.startswith("Flux")]
@@ -27,12 +34,12 @@ OF_TRANSFORMERS = [name for name in supported_classes() if not name.startswith("
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_every_class_has_its_model_by_type_and_by_class(name):
-    hf = {"architectures": [name], **SIZES}
+    hf = {"architectures": [name], **SIZES, **NESTED}
     config = config_from_hf(hf)
-    kind = next(k for k in (Gpt2, Encoder, Decoder) if isinstance(model_from_hf(hf), k))
+    kind = type(model_from_hf(hf))
     assert config == config_from_hf(hf | {"model_type": config.model_type})
     assert config.to_hf()["architectures"] == [name]
-    assert kind is {"GPT2": Gpt2, "Bert": Encoder, "Robe": Encoder}.get(name[:4], Decoder)
+    assert kind is KINDS.get(name, KINDS.get(name[:4], Decoder))
     assert model_from_config(config, scan_layers=True).scan_layers
     tensors = hf_storage(config).tensors
     assert len({tensor.name for tensor in tensors.values()}) == len(tensors)

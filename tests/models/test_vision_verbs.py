@@ -83,11 +83,11 @@ def test_from_calibration_to_merge(variant):
         assert same == (path not in trained), path
 
 
-@pytest.mark.parametrize("variant", CASES)
+@pytest.mark.parametrize("variant", ["vit-labels", "internvl"])
 def test_padding_does_not_count(variant):
     """What lies in padded rows, unused tiles and padded tokens changes no moment."""
     c, kernels, moments = calibrated(variant)
-    counts = {"layers": 3 * 10 if variant == "vit-labels" else 3 * 9, "classifier": 3}
+    counts = {"layers": 3 * 10, "classifier": 3}
     if variant == "internvl":  # 4 real tiles of 16 patches and a class token, of 4 image tokens
         counts = {"vision/layers": 4 * 17, "projector": 4 * 4, "layers": c.batch["segments"].sum()}
     for path, moment in moments.items():
