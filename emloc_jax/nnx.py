@@ -58,7 +58,7 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     ) -> Any:
         given = _values(slots, variables["params"])
         others = {path: value for path, value in given.items() if path not in handled}
-        # Vectors are never boxed for long; matrices are shown to interception.
+        # Interception sees matrices; a box around anything smaller (discovery's) is taken off.
         matrices = {path: x for path, x in others.items() if len(meta.unbox(x).shape) >= 2}
         shown = {"/".join(_key(path)): x for path, x in matrices.items()}
         read: Any = NnxParameters().apply({"params": shown}) if shown else {}

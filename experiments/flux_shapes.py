@@ -10,7 +10,7 @@ that it has never seen, and judged on other shapes and colours in that style: th
 with the same noise and times for all rows, and samples. Pre-training is done once, and takes about
 five minutes of one core; each seed, which draws its own pictures, calibration and initialization,
 takes about three. Results are appended one by one, and a second call goes on where the first
-stopped. Expect the figures of docs/diffusion.md.
+stopped.
 
 Gain retention = (zero-shot - method) / (zero-shot - LoRA on the original).
 """
