@@ -16,28 +16,22 @@ Gain retention = (zero-shot - method) / (zero-shot - LoRA on the original).
 """
 
 import argparse
-import json
-import statistics
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+from story import ROWS, Programs, Story, pretrained, print_some, run_rows, table
 
-from emloc_jax.adapters import attach, correct, init_adapters
-from emloc_jax.emulator import calibrate, compress
-from emloc_jax.kernels import find_kernels, flatten_leaves, intercept, set_leaves
+from emloc_jax.kernels import find_kernels
 from emloc_jax.models import Flux, FluxConfig, grid_ids, pack_latents, unpack_latents
 from emloc_jax.training import (
     FlowBatches,
     LatentData,
     euler_sample,
-    evaluate_loss,
     flow_velocity,
     init_state,
     make_flow_loss,
-    make_optimizer,
     make_schedule,
     make_train_step,
     sampling_times,
@@ -69,10 +63,6 @@ STYLES = ("dark", "light", "framed")
 NEW = "striped outline"
 PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 BLOCKS = "(double|single)_layers/.*"
-RATIOS, WEIGHTINGS = (0.5, 0.25), ("plain", "one_sided", "two_sided")
-ROWS = {f"{weighting} {ratio}": (weighting, ratio) for ratio in RATIOS for weighting in WEIGHTINGS}
-LIMITS = (0.0, 0.5, 1.0, 3.0)
-RANK, ALPHA = 8, 16.0
 
 
 def words():
@@ -136,116 +126,43 @@ def data_of(prompts, seed):
     return LatentData(fold(pictures), embeds, embeds.mean(axis=1), grid_ids(GRID, GRID))
 
 
-class Programs:
-    """What is compiled; once for all seeds and rows whose parameters have the same ranks."""
+class FluxStory(Story):
+    """Pictures of held-out prompts beside the loss, from the same noise for every row."""
 
-    def __init__(self, args):
-        self.model = Flux(CONFIG, scan_layers=True)
-        apply = intercept(self.model.apply)
-        self.loss = make_flow_loss(apply)
-        rates = make_schedule(args.rate, steps=args.steps, warmup=min(10, args.steps - 1))
-        self.tx = make_optimizer(rates)
-        self.step = make_train_step(self.loss, self.tx, combine=lambda a, f, key: attach(f, a))
+    def __init__(self, programs, params, seed, args):
+        self.args = args
+        order = np.random.default_rng(seed).permutation(len(PAIRS))
+        known, held = order[: args.pictures], order[args.pictures :]
+        self.held = [(*PAIRS[i], NEW) for i in held]
+        even = {"batch_size": 24, "sampling": "stratified"}
+        pictures = data_of([(*PAIRS[i], NEW) for i in known], [seed, 1])
+        test = data_of(4 * self.held, [seed, 2])
+        data = (
+            FlowBatches(pictures, batch_size=16, seed=seed),
+            list(FlowBatches(pictures, seed=seed, epochs=args.calibration, **even)),
+            list(FlowBatches(test, seed=12345, epochs=args.test_epochs, **even)),
+        )
+        kernels = find_kernels(programs.model.apply, params, *shapes_of(data[1][0]))
+        super().__init__(programs, params, kernels, seed, data)
         times = sampling_times(args.sampling_steps)
         self.sample = jax.jit(
             lambda params, conditions, noise: euler_sample(
-                flow_velocity(apply, params, conditions), noise, times
+                flow_velocity(programs.apply, params, conditions), noise, times
             )
         )
 
-
-class Bench:
-    """The pre-trained model, and the fine-tuning task of one seed."""
-
-    def __init__(self, programs, params, seed, args):
-        self.programs, self.params, self.seed, self.args = programs, params, seed, args
-        order = np.random.default_rng(seed).permutation(len(PAIRS))
-        known, held = order[: args.pictures], order[args.pictures :]
-        self.data = data_of([(*PAIRS[i], NEW) for i in known], [seed, 1])
-        self.held = [(*PAIRS[i], NEW) for i in held]
-        even = {"batch_size": 24, "sampling": "stratified"}
-        test = data_of(4 * self.held, [seed, 2])
-        self.test = list(FlowBatches(test, seed=12345, epochs=args.test_epochs, **even))
-        self.calibration = list(FlowBatches(self.data, seed=seed, epochs=args.calibration, **even))
-        self.kernels = find_kernels(programs.model.apply, params, *shapes_of(self.test[0]))
-
-    def moments(self):
-        return calibrate(
-            lambda variables, batch: self.programs.loss(variables["params"], batch)[0],
-            self.params,
-            self.calibration,
-            kernels=self.kernels,
-            mask=lambda batch: batch["weights"] > 0,
-            gradients=True,
-        )
-
-    def fresh(self):
-        key = jax.random.key(self.seed)
-        return init_adapters(key, self.kernels, where=BLOCKS, rank=RANK, alpha=ALPHA)
-
-    def train_lora(self, frozen):
-        stream = FlowBatches(self.data, batch_size=16, seed=self.seed)
-        state = init_state(self.fresh(), self.programs.tx)
-        steps = self.args.steps
-        result = train(self.programs.step, state, stream, steps=steps, frozen=frozen)
-        return result.state.trainables, result.seconds_per_step
-
-    def measure(self, params, batches=None):
-        return evaluate_loss(self.programs.loss, params, batches or self.test).loss
-
-    def sample(self, params, name):
-        """Pictures of held-out prompts into a file, from the same noise for every row."""
+    def look(self, params, name):
         data = data_of(self.held[: self.args.samples], 0)
         conditions = {
             key: getattr(data, key)
             for key in ("prompt_embeds", "pooled_prompt_embeds", "image_ids")
         }
         noise = np.random.default_rng(1).standard_normal(data.latents.shape, np.float32)
-        found = self.programs.sample(params, conditions, noise)
+        found = self.sample(params, conditions, noise)
         folder = self.args.output / "samples"
         folder.mkdir(exist_ok=True)
         for key, tokens in {name: found, "truth": data.latents}.items():
             np.save(folder / f"{self.seed} {key}.npy", unfold(tokens).astype(np.float16))
-
-    def original(self):
-        untouched = attach(self.params, self.fresh())
-        record = {"zero_shot": self.measure(untouched)}
-        self.sample(untouched, "zero-shot")
-        adapters, record["step_seconds"] = self.train_lora(self.params)
-        tuned = attach(self.params, adapters)
-        record["lora"] = self.measure(tuned)
-        self.sample(tuned, "LoRA on the original")
-        return record
-
-    def emulated(self, name, moments):
-        weighting, ratio = ROWS[name]
-        began = time.perf_counter()
-        emulator, _ = compress(
-            self.params,
-            None if weighting == "plain" else moments,
-            kernels=self.kernels,
-            weighting=weighting,
-            ratios=[(BLOCKS, ratio)],
-        )
-        jax.block_until_ready(emulator)
-        record = {"build_seconds": time.perf_counter() - began}
-        record["untrained"] = self.measure(attach(emulator, self.fresh()))
-        adapters, record["step_seconds"] = self.train_lora(emulator)
-        record["emulator"] = self.measure(attach(emulator, adapters))
-        self.sample(attach(emulator, adapters), f"{name}, emulator")
-        # The limit is chosen as `choose_limit` does, on pictures that the correction may see.
-        on_test, on_calibration = {}, {}
-        for limit in LIMITS:
-            corrected = attach(self.params, correct(adapters, self.params, emulator, limit=limit))
-            on_test[str(limit)] = self.measure(corrected)
-            on_calibration[str(limit)] = self.measure(corrected, self.calibration)
-        chosen = min(on_calibration, key=on_calibration.get)
-        record |= {"by_limit": on_test, "on_calibration": on_calibration}
-        record |= {"auto_limit": float(chosen), "auto": on_test[chosen]}
-        for limit, way in ((0.0, "uncorrected"), (float(chosen), "corrected")):
-            served = correct(adapters, self.params, emulator, limit=limit)
-            self.sample(attach(self.params, served), f"{name}, {way}")
-        return record
 
 
 def shapes_of(batch):
@@ -254,66 +171,41 @@ def shapes_of(batch):
     return [jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in names]
 
 
-def pretrained(args):
+def base(args, model):
     """The model that is fine-tuned, from its file, or trained now and kept."""
-    model = Flux(CONFIG, scan_layers=True)
     prompts = [(*pair, style) for pair in PAIRS for style in STYLES]
     stream = FlowBatches(data_of(args.copies * prompts, 99), batch_size=args.pretrain_batch)
-    shapes = shapes_of(stream.batch(0))
+    inputs = [np.zeros(shape.shape, shape.dtype) for shape in shapes_of(stream.batch(0))]
+
+    def fit(params):
+        tx = optax.adamw(make_schedule(args.pretrain_rate, steps=args.pretrain_steps, warmup=20))
+        step, state = make_train_step(make_flow_loss(model.apply), tx), init_state(params, tx)
+        steps = args.pretrain_steps
+        return train(step, state, stream, steps=steps, callbacks=[print_some]).state.trainables
+
     file = args.output / "pretrained.npz"
-    if file.is_file():
-        tree = jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"]
-        with np.load(file) as stored:
-            return set_leaves(tree, {path: jax.numpy.asarray(stored[path]) for path in stored})
-    inputs = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
-    tx = optax.adamw(make_schedule(args.pretrain_rate, steps=args.pretrain_steps, warmup=20))
-    step = make_train_step(make_flow_loss(model.apply), tx)
-    began = time.perf_counter()
-
-    def say(record):
-        if record["step"] % 50 == 0:
-            print(json.dumps({key: record[key] for key in ("step", "loss")}), flush=True)
-
-    result = train(step, init_state(params, tx), stream, steps=args.pretrain_steps, callbacks=[say])
-    params = result.state.trainables
-    print(f"pre-trained in {time.perf_counter() - began:.0f} s", flush=True)
-    np.savez(file, **{path: np.asarray(leaf) for path, leaf in flatten_leaves(params).items()})
-    return params
+    return pretrained(file, lambda: model.init(jax.random.key(0), *inputs)["params"], fit)
 
 
 def run(args):
     args.output.mkdir(parents=True, exist_ok=True)
-    params, programs = pretrained(args), Programs(args)
-    file = args.output / "rows.jsonl"
-    for seed in args.seeds:
-        done = {record["row"] for record in read(file) if record["seed"] == seed}
-        todo = [row for row in ("original", *args.rows) if row not in done]
-        if not todo:
-            continue
-        bench, moments = Bench(programs, params, seed, args), None
-        for row in todo:
-            began = time.perf_counter()
-            if row == "original":
-                record = bench.original()
-            else:
-                moments = bench.moments() if moments is None else moments
-                record = bench.emulated(row, moments)
-            record["seconds"] = time.perf_counter() - began
-            write(file, {"seed": seed, "row": row} | record)
-        figure(args.output, seed)
-
-
-def read(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path, record):
-    print(json.dumps(record), flush=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    model = Flux(CONFIG, scan_layers=True)
+    params = base(args, model)
+    programs = Programs(
+        model,
+        make_flow_loss,
+        mask=lambda batch: batch["weights"] > 0,
+        where=[BLOCKS],
+        steps=args.steps,
+        rate=args.rate,
+    )
+    run_rows(
+        args.output / "rows.jsonl",
+        args.seeds,
+        args.rows,
+        lambda seed: FluxStory(programs, params, seed, args),
+        after=lambda seed: figure(args.output, seed),
+    )
 
 
 def figure(folder, seed):
@@ -341,42 +233,6 @@ def figure(folder, seed):
     plt.close()
 
 
-def table(folder):
-    """Markdown: mean losses, and mean gain retention in brackets, over the seeds that are there."""
-    records = read(folder / "rows.jsonl")
-    originals = {r["seed"]: r for r in records if r["row"] == "original"}
-    if not originals:
-        return
-    zero = statistics.mean(r["zero_shot"] for r in originals.values())
-    lora = statistics.mean(r["lora"] for r in originals.values())
-    print(f"{len(originals)} seeds: zero-shot {zero:.4f}, LoRA on the original {lora:.4f}\n")
-    columns = {
-        "emulator, untrained": lambda r: r["untrained"],
-        "emulator alone": lambda r: r["emulator"],
-        "uncorrected": lambda r: r["by_limit"]["0.0"],
-        "limit 1": lambda r: r["by_limit"]["1.0"],
-        "limit 3": lambda r: r["by_limit"]["3.0"],
-        "corrected (auto)": lambda r: r["auto"],
-    }
-    print("| emulator | seeds | " + " | ".join(columns) + " |")
-    print("| --- " * (len(columns) + 2) + "|")
-    for name in ROWS:
-        rows = [r for r in records if r["row"] == name and r["seed"] in originals]
-        if not rows:
-            continue
-        cells = []
-        for column, pick in columns.items():
-            loss = statistics.mean(pick(r) for r in rows)
-            kept = statistics.mean(
-                (o["zero_shot"] - pick(r)) / (o["zero_shot"] - o["lora"])
-                for r in rows
-                for o in [originals[r["seed"]]]
-            )
-            on_emulator = column.startswith("emulator")
-            cells.append(f"{loss:.4f}" if on_emulator else f"{loss:.4f} ({kept:.2f})")
-        print(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="a folder")
@@ -397,7 +253,7 @@ def main():
     args = parser.parse_args()
     if not args.table:
         run(args)
-    table(args.output)
+    table(args.output / "rows.jsonl")
 
 
 if __name__ == "__main__":
