@@ -1,8 +1,8 @@
 """What must be set before jax starts its backend.
 
 Four host devices serve the sharding tests. Compiling is most of the suite's time, and the tests'
-programs are tiny, so LLVM's optimizations are left out; XLA's own (fusion, memory) stay on. What one
-test has compiled, others of the same run find in a folder that all workers share.
+programs are tiny, so LLVM's optimizations are left out; XLA's own (fusion, memory) stay on. What
+one test has compiled, others of the same run find in a folder that all workers share.
 """
 
 import atexit
