@@ -20,6 +20,7 @@ from emloc_jax.adapters import (
     kernel_corrections,
     limit_trials,
     limits_to_try,
+    lora_alone,
     problems,
 )
 from emloc_jax.checkpoints import CheckpointBlocks, EmulatorBlocks, Pretrained, load_emulator
@@ -70,6 +71,7 @@ class StreamedCorrection:
         kernels: Mapping[str, KernelSpec] | None = None,
         activations: int | None = None,
     ):
+        adapters = lora_alone(adapters, "A streamed correction")
         problems(adapters, base.params, load_emulator(emulator, base, abstract=True), None)
         self._adapters, self._base = dict(adapters), base
         self._bound: Bound = bound

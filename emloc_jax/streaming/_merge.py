@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax.adapters import Adapter, attach, fitting_leaves
+from emloc_jax.adapters import Adapter, attach, fitting_leaves, lora_alone
 from emloc_jax.checkpoints import (
     CheckpointBlocks,
     LazyLeaf,
@@ -55,7 +55,7 @@ def stream_merge(
       AdapterMismatchError: an adapter fits no kernel.
       CheckpointError, NonFiniteError: see `save_pretrained`; finished shards stay.
     """
-    adapters = {} if adapters is None else adapters
+    adapters = {} if adapters is None else lora_alone(adapters, "A streamed merge")
     fitting_leaves(base.params, adapters)  # refuses those that do not fit
     source = CheckpointBlocks(base)
     own = {part: one for path, a in adapters.items() for part, one in split_adapter(path, a)}
