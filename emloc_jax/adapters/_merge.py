@@ -19,9 +19,9 @@ __all__ = ["merge", "merged_kernel"]
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Trainable]) -> dict[str, Any]:
     """Adds `scale * lora_a @ lora_b` to every adapted kernel, in float32.
 
-    The sum is rounded once, to the kernel's dtype, and so is what was trained whole, which takes its
-    parameter's place. The result is an ordinary tree for the
-    unmodified model; untouched leaves are the same objects as in `params`.
+    The sum is rounded once, to the kernel's dtype; what was trained whole takes its parameter's
+    place, rounded likewise. The result is an ordinary tree for the unmodified model, in which
+    untouched leaves are the same objects as in `params`.
 
     Args:
       params: nested tree whose adapted kernels are arrays (or `nn.Partitioned` arrays).

@@ -105,6 +105,7 @@ def lora_alone(adapters: Mapping[str, Trainable], what: str) -> dict[str, Adapte
     if whole:
         raise AdapterMismatchError(
             f"{what} takes low-rank adapters alone, but {len(whole)} parameter(s) were trained "
-            f"whole, the first is '{next(iter(whole))}'. Use the functions for models in memory."
+            f"whole, the first is '{next(iter(whole))}'. Merge them into the weights of a model in "
+            "memory instead."
         )
     return lora

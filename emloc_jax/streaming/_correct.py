@@ -14,6 +14,7 @@ from emloc_jax.adapters import (
     CorrectionReport,
     KernelCorrection,
     Problem,
+    Trainable,
     best_limit,
     check_limit,
     correct_kernel,
@@ -62,7 +63,7 @@ class StreamedCorrection:
 
     def __init__(
         self,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, Trainable],
         base: Pretrained,
         emulator: str | os.PathLike,
         *,
@@ -71,12 +72,12 @@ class StreamedCorrection:
         kernels: Mapping[str, KernelSpec] | None = None,
         activations: int | None = None,
     ):
-        adapters = lora_alone(adapters, "A streamed correction")
-        problems(adapters, base.params, load_emulator(emulator, base, abstract=True), None)
-        self._adapters, self._base = dict(adapters), base
+        lora = lora_alone(adapters, "A streamed correction")
+        problems(lora, base.params, load_emulator(emulator, base, abstract=True), None)
+        self._adapters, self._base = lora, base
         self._bound: Bound = bound
         self._source, self._emulator = CheckpointBlocks(base), EmulatorBlocks(emulator, base)
-        self._parts = {path: split_adapter(path, one) for path, one in adapters.items()}
+        self._parts = {path: split_adapter(path, one) for path, one in lora.items()}
         self._weights, self._kernels = weights, kernels
         self._activations = activations
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax.adapters import Adapter, attach, fitting_leaves, lora_alone
+from emloc_jax.adapters import Adapter, Trainable, attach, fitting_leaves, lora_alone
 from emloc_jax.checkpoints import (
     CheckpointBlocks,
     LazyLeaf,
@@ -28,7 +28,7 @@ __all__ = ["stream_merge"]
 def stream_merge(
     output: str | os.PathLike,
     base: Pretrained,
-    adapters: Mapping[str, Adapter] | None = None,
+    adapters: Mapping[str, Trainable] | None = None,
     *,
     dtype: Any = None,
     resume: bool = False,
@@ -52,7 +52,7 @@ def stream_merge(
 
     Raises:
       OutputExistsError, ResumeError: see `stream_emulator`.
-      AdapterMismatchError: an adapter fits no kernel.
+      AdapterMismatchError: an adapter fits no kernel, or a parameter was trained whole.
       CheckpointError, NonFiniteError: see `save_pretrained`; finished shards stay.
     """
     adapters = {} if adapters is None else lora_alone(adapters, "A streamed merge")
