@@ -110,7 +110,7 @@ def test_an_image_classifier_from_a_folder_of_classes(tmp_path, folders, picture
     base = load_pretrained(run / "merged")
     ours = jax.jit(base.model.apply)({"params": base.params}, np.moveaxis(pixels.numpy(), 1, -1))
     served = peft.PeftModel.from_pretrained(
-        kind.from_pretrained(run / "base"), run / "adapter_corrected"
+        kind.from_pretrained(folders / "vit", num_labels=2), run / "adapter_corrected"
     )
     with torch.no_grad():
         for model in (merged, served):
@@ -118,12 +118,12 @@ def test_an_image_classifier_from_a_folder_of_classes(tmp_path, folders, picture
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
     assert (theirs.argmax(-1) == np.repeat([0, 1], 4)).all()
 
-    # Its base is evaluated with the adapter, and merged once more.
+    # The base without a head is evaluated with the adapter, and merged once more.
     adapter, out = f"adapter={run / 'adapter_corrected'}", tmp_path / "eval"
-    given = [f"model.source={run / 'base'}", f"data.test={classes}", f"output={out}", adapter]
+    given = [f"model.source={folders / 'vit'}", f"data.test={classes}", f"output={out}", adapter]
     assert main(["eval", *given]) == 0
     assert stages(out)[0]["loss"] == pytest.approx(tuned["loss"], rel=1e-4)
-    again = [f"model.source={run / 'base'}", adapter, f"output={tmp_path / 'again'}"]
+    again = [f"model.source={folders / 'vit'}", adapter, f"output={tmp_path / 'again'}"]
     assert main(["merge", *again]) == 0
     state = kind.from_pretrained(tmp_path / "again").state_dict()
     for name, tensor in merged.state_dict().items():
