@@ -225,7 +225,7 @@ def test_emloc_trains_the_head_whole_and_every_verb_takes_it(tmp_path, encoders,
     run, base, out = tmp_path / "run", encoders / "bert", tmp_path
     emulator = ["emulator.ratio=0.6", "emulator.where=['layers/.*','pooler']"]
     extra = ["method=emloc", *emulator, "lora.rank=4", "lora.dropout=0.1", "train.accumulation=2"]
-    arguments = options(base, words_csv, *extra, "polish.steps=1", "eval.batch_size=8")
+    arguments = options(base, words_csv, *extra, "polish.steps=1", "polish.warmup=0")
     assert main(["finetune", *arguments, f"output={run}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "selects pooler/kernel of the classification head, which is never compressed" in said
