@@ -179,8 +179,8 @@ def test_an_internvl_learns_from_images_with_text(tmp_path, folders, pictures):
         ("vit", "rows.jsonl", ["method=lora"], "take it as a classifier"),
         ("internvl", "classes", ["method=lora"], "rows have labels"),
         ("internvl", "rows.jsonl", ["method=lsp"], "method=emloc or lora"),
-        ("internvl", "rows.jsonl", ["method=lora", "stream=true"], "only models of text"),
-        ("vit", "classes", ["method=lora", "stream=true"], "only models of text"),
+        ("internvl", "rows.jsonl", ["method=lora", "stream=true"], "only language models of text"),
+        ("vit", "classes", ["method=lora", "stream=true"], "only language models of text"),
         ("internvl", "rows.jsonl", ["method=lora", "data.packing=true"], "neither packed nor cut"),
         (
             "internvl",
