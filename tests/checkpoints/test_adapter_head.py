@@ -24,6 +24,7 @@ from emloc_jax.kernels import intercept
 from tests.checkpoints.random_adapters import random_adapters
 from tests.models.torch_families import torch_model
 from tests.models.torch_vision import VISION
+from tests.models.torch_vision import torch_model as vision_model
 
 TOKENS = np.random.default_rng(0).integers(5, 53, (2, 9), dtype=np.int32)
 PIXELS = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
@@ -41,6 +42,9 @@ def save_base(folder, variant):
         config = transformers.ViTConfig(**VISION, initializer_range=0.2)
         transformers.ViTModel(config).save_pretrained(folder)
         return transformers.ViTForImageClassification
+    if variant == "siglip-both":
+        vision_model(variant).save_pretrained(folder)
+        return transformers.SiglipForImageClassification
     torch_model(variant).save_pretrained(folder)
     family = "Bert" if variant.startswith("bert") else "Roberta"
     return getattr(transformers, f"{family}ForSequenceClassification")
@@ -57,13 +61,13 @@ def trained(base):
 
 
 def our_logits(base, adapters):
-    inputs = PIXELS if base.config.model_type == "vit" else TOKENS
+    inputs = PIXELS if base.config.model_type in ("vit", "siglip") else TOKENS
     params = {"params": attach(base.params, adapters)}
     return np.asarray(jax.jit(intercept(base.model.apply))(params, inputs))
 
 
 def torch_logits(model):
-    if model.config.model_type == "vit":
+    if model.config.model_type in ("vit", "siglip"):
         inputs = {"pixel_values": torch.asarray(np.moveaxis(PIXELS, -1, 1).copy())}
     else:
         inputs = {"input_ids": torch.asarray(TOKENS).long()}
@@ -84,7 +88,8 @@ def lora_config(modules, text):
         ("bert-mlm", False, POOLER),  # it has no pooler, so that is made and trained, too
         ("roberta", False, CLASSIFIER),
         ("roberta-labels", True, CLASSIFIER),
-        ("vit", True, CLASSIFIER),
+        ("vit", False, CLASSIFIER),
+        ("siglip-both", True, CLASSIFIER),
     ],
 )
 def test_peft_replaces_the_head_by_ours(tmp_path, variant, scan, modules):
