@@ -1,7 +1,8 @@
 """LoRA adapters: made, attached, corrected, merged.
 
 Adapters are a small tree of their own, {path: Adapter}: `attach(emulator, adapters)` trains,
-`correct` makes them fit the original, `attach(params, adapters)` serves, `merge` ships.
+`correct` makes them fit the original, `attach(params, adapters)` serves, `merge` ships. A parameter
+that is trained whole, as a classifier's head, stands among them as a `Whole`.
 """
 
 from emloc_jax.adapters._adapter import Adapter as Adapter
@@ -31,3 +32,8 @@ from emloc_jax.adapters._report import KernelCorrection as KernelCorrection
 from emloc_jax.adapters._report import correction_report as correction_report
 from emloc_jax.adapters._report import kernel_corrections as kernel_corrections
 from emloc_jax.adapters._terms import correction_terms as correction_terms
+from emloc_jax.adapters._whole import Trainable as Trainable
+from emloc_jax.adapters._whole import Whole as Whole
+from emloc_jax.adapters._whole import init_whole as init_whole
+from emloc_jax.adapters._whole import lora_alone as lora_alone
+from emloc_jax.adapters._whole import split_whole as split_whole

@@ -13,6 +13,7 @@ from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._attach import attach
 from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
 from emloc_jax.adapters._problem import HasSum, Problem, problems
+from emloc_jax.adapters._whole import Trainable, split_whole
 from emloc_jax.errors import NonFiniteError, NoTokensError
 
 __all__ = [
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_limit(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Trainable],
     params: Mapping[str, Any],
     emulator: Mapping[str, Any],
     loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
@@ -78,7 +79,8 @@ def choose_limit(
         check_limit(limit, bound)
     work = problems(adapters, params, emulator, moments)
     limits = limits_to_try(candidates)
-    trials: dict[float, dict[str, Adapter]] = {limit: {} for limit in limits}
+    _, whole = split_whole(adapters)
+    trials: dict[float, dict[str, Trainable]] = {limit: {**whole} for limit in limits}
     for problem in work:
         for limit, adapter in limit_trials(problem, limits, bound).items():
             trials[limit][problem.path] = adapter

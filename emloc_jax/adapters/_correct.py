@@ -7,6 +7,7 @@ from typing import Any
 from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._bound import Bound, apply_bound, check_limit
 from emloc_jax.adapters._problem import HasSum, Problem, problems
+from emloc_jax.adapters._whole import Trainable
 
 __all__ = ["correct", "correct_kernel"]
 
@@ -14,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def correct(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Trainable],
     params: Mapping[str, Any],
     emulator: Mapping[str, Any],
     *,
     limit: float = 3.0,
     moments: Mapping[str, HasSum] | None = None,
     bound: Bound = "row",
-) -> dict[str, Adapter]:
+) -> dict[str, Trainable]:
     """Subtracts the emulator's error inside the subspace that each adapter reads.
 
     Algorithm 1 of EMLoC (arXiv 2506.12015), for any scale (the authors' code assumes scale 1).
@@ -31,7 +32,8 @@ def correct(
 
     with `g` from `bound_gain`. Where `g = 1`, original plus corrected adapter equals emulator plus
     trained adapter for every input in span(lora_a). Float32, without biases, aware of alpha;
-    compiled once per kernel shape; works on one kernel (one layer of a stack) at a time.
+    compiled once per kernel shape; works on one kernel (one layer of a stack) at a time. What was
+    trained whole comes back as it is: emulator and original have the same value there.
 
     Args:
       adapters: as trained on the emulator.
@@ -45,7 +47,8 @@ def correct(
       bound: what the limit holds for: each 'row' (the paper), the 'kernel', or each 'column'.
 
     Returns:
-      New adapters of the same shapes and scale, marked `corrected` (unless `limit` is 0).
+      New adapters of the same shapes and scale, marked `corrected` (unless `limit` is 0), in the
+      order of `adapters`.
 
     Raises:
       AdapterMismatchError: corrected already, or paths or shapes differ.
@@ -71,7 +74,8 @@ def correct(
     if limit == 0:
         return dict(adapters)
     logger.info("correcting %d adapters with limit %g per %s", len(work), limit, bound)
-    return {problem.path: correct_kernel(problem, limit, bound) for problem in work}
+    corrected = {problem.path: correct_kernel(problem, limit, bound) for problem in work}
+    return {path: corrected.get(path, adapter) for path, adapter in adapters.items()}
 
 
 def correct_kernel(problem: Problem, limit: float, bound: Bound) -> Adapter:

@@ -8,6 +8,7 @@ import jax
 from flax.core import meta
 
 from emloc_jax.adapters._adapter import Adapter
+from emloc_jax.adapters._whole import Trainable, Whole
 from emloc_jax.errors import AdapterMismatchError
 from emloc_jax.kernels import LoraKernel, flatten_leaves, peel
 
@@ -17,13 +18,13 @@ SHOWN = 3  # differing paths named per side
 
 
 def fitting_leaves(
-    params: Mapping[str, Any], adapters: Mapping[str, Adapter], *, name: str = "the parameters"
+    params: Mapping[str, Any], adapters: Mapping[str, Trainable], *, name: str = "the parameters"
 ) -> dict[str, Any]:
     """Picks the leaf of every adapter, after comparing paths and shapes.
 
     Args:
       params: nested tree whose kernels may be boxed.
-      adapters: {path: Adapter}.
+      adapters: {path: Adapter or Whole}.
       name: what to call `params` in the message.
 
     Returns:
@@ -45,7 +46,10 @@ def fitting_leaves(
     wrong = []
     for path, adapter in adapters.items():
         shape = _shape(leaves[path])
-        if shape != adapter.kernel_shape or not _consistent(adapter):
+        if isinstance(adapter, Whole):
+            if shape != tuple(adapter.value.shape):
+                wrong.append(f"'{path}': {shape}, trained whole as {tuple(adapter.value.shape)}")
+        elif shape != adapter.kernel_shape or not _consistent(adapter):
             wrong.append(
                 f"'{path}': kernel {shape}, adapter for {adapter.kernel_shape} "
                 f"(lora_a {tuple(adapter.lora_a.shape)}, lora_b {tuple(adapter.lora_b.shape)})"

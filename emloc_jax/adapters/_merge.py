@@ -7,24 +7,25 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._fit import fitting_leaves
 from emloc_jax.adapters._stack import map_stack
+from emloc_jax.adapters._whole import Trainable, Whole
 from emloc_jax.errors import UnsupportedKernelError
 from emloc_jax.kernels import is_box, peel, set_leaves
 
 __all__ = ["merge", "merged_kernel"]
 
 
-def merge(params: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+def merge(params: Mapping[str, Any], adapters: Mapping[str, Trainable]) -> dict[str, Any]:
     """Adds `scale * lora_a @ lora_b` to every adapted kernel, in float32.
 
-    The sum is rounded once, to the kernel's dtype. The result is an ordinary tree for the
-    unmodified model; untouched leaves are the same objects as in `params`.
+    The sum is rounded once, to the kernel's dtype; what was trained whole takes its parameter's
+    place, rounded likewise. The result is an ordinary tree for the unmodified model, in which
+    untouched leaves are the same objects as in `params`.
 
     Args:
       params: nested tree whose adapted kernels are arrays (or `nn.Partitioned` arrays).
-      adapters: {path: Adapter}.
+      adapters: {path: Adapter or Whole}.
 
     Returns:
       The tree with the adapted kernels replaced.
@@ -34,6 +35,7 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> dict[st
       UnsupportedKernelError: an adapted kernel is boxed or not of a float dtype.
 
     Example:
+      >>> from emloc_jax.adapters import Adapter
       >>> adapters = {"kernel": Adapter(jnp.ones((2, 1)), jnp.ones((1, 2)), alpha=3.0)}
       >>> merge({"kernel": jnp.eye(2), "bias": jnp.zeros(2)}, adapters)["kernel"].tolist()
       [[4.0, 3.0], [3.0, 4.0]]
@@ -50,10 +52,13 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> dict[st
     return set_leaves(params, {path: _merged(leaves[path], adapters[path]) for path in adapters})
 
 
-def _merged(leaf: Any, adapter: Adapter) -> Any:
+def _merged(leaf: Any, adapter: Trainable) -> Any:
     kernel = peel(leaf)
-    matrix = merged_kernel(adapter.layout.matrix(kernel), *adapter.matrices(), adapter.scale)
-    array = adapter.layout.from_matrix(matrix, adapter.in_shape, adapter.out_shape)
+    if isinstance(adapter, Whole):
+        array = adapter.value.astype(kernel.dtype)
+    else:
+        matrix = merged_kernel(adapter.layout.matrix(kernel), *adapter.matrices(), adapter.scale)
+        array = adapter.layout.from_matrix(matrix, adapter.in_shape, adapter.out_shape)
     return meta.replace_boxed(leaf, array) if isinstance(leaf, meta.AxisMetadata) else array
 
 

@@ -12,6 +12,7 @@ from flax.core import meta
 from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._fit import fitting_leaves
 from emloc_jax.adapters._terms import CorrectionTerms, Emulated, correction_terms
+from emloc_jax.adapters._whole import Trainable, split_whole
 from emloc_jax.errors import AdapterMismatchError, MomentShapeError, NonFiniteError
 from emloc_jax.kernels import LowRankKernel, is_box, peel
 
@@ -73,19 +74,22 @@ class Problem:
 
 
 def problems(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Trainable],
     params: Mapping[str, Any],
     emulator: Mapping[str, Any],
     moments: Mapping[str, HasSum] | None,
 ) -> list[Problem]:
     """Pairs every adapter with its kernels; checks everything and computes nothing.
 
+    What is trained whole must fit both trees, and is no problem.
+
     Raises:
       AdapterMismatchError: an adapter was corrected already, is missing a kernel on either side,
         or differs in shape; or a leaf is boxed where a plain kernel is needed.
       MomentShapeError: `moments` lacks a kernel, has another shape, or is compact.
     """
-    done = [path for path, adapter in adapters.items() if adapter.corrected]
+    lora, _ = split_whole(adapters)
+    done = [path for path, adapter in lora.items() if adapter.corrected]
     if done:
         raise AdapterMismatchError(
             f"{len(done)} adapters were corrected already, the first is '{done[0]}'. A second "
@@ -102,7 +106,7 @@ def problems(
             _emulated(path, peel(emulated[path])),
             None if moments is None else _moment(path, adapter, moments),
         )
-        for path, adapter in adapters.items()
+        for path, adapter in lora.items()
     ]
 
 

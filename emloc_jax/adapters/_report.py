@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from emloc_jax._files import new_file
-from emloc_jax.adapters._adapter import Adapter
 from emloc_jax.adapters._bound import Bound, check_limit
 from emloc_jax.adapters._mismatch import mismatch
 from emloc_jax.adapters._problem import HasSum, Problem, problems
+from emloc_jax.adapters._whole import Trainable
 
 __all__ = ["CorrectionReport", "KernelCorrection", "correction_report", "kernel_corrections"]
 
@@ -109,7 +109,7 @@ class CorrectionReport:
 
 
 def correction_report(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Trainable],
     params: Mapping[str, Any],
     emulator: Mapping[str, Any],
     *,
@@ -128,13 +128,14 @@ def correction_report(
       bound: see `correct`.
 
     Returns:
-      The report, in the order of `adapters`.
+      The report, in the order of `adapters`; without what was trained whole.
 
     Raises:
       AdapterMismatchError, MomentShapeError, NonFiniteError, RatioError: see `correct`.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from emloc_jax.adapters import Adapter
       >>> adapters = {"kernel": Adapter(jnp.eye(2), jnp.ones((2, 2)), alpha=2.0)}
       >>> params, emulator = {"kernel": jnp.eye(2)}, {"kernel": jnp.ones((2, 2))}
       >>> report = correction_report(adapters, params, emulator, limit=3.0)

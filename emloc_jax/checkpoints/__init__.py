@@ -1,5 +1,7 @@
 """Models and adapters on disk: Hugging Face folders, GGUF, PEFT adapters, emulators, Orbax."""
 
+from emloc_jax.checkpoints._adapter_head import AdapterHead as AdapterHead
+from emloc_jax.checkpoints._adapter_head import adapter_head as adapter_head
 from emloc_jax.checkpoints._checkpoint_blocks import CheckpointBlocks as CheckpointBlocks
 from emloc_jax.checkpoints._diffusers_adapter import (
     save_diffusers_adapter as save_diffusers_adapter,
@@ -17,6 +19,8 @@ from emloc_jax.checkpoints._fingerprint import base_fingerprint as base_fingerpr
 from emloc_jax.checkpoints._fingerprint import calibration_fingerprint as calibration_fingerprint
 from emloc_jax.checkpoints._fingerprint import stacked_fingerprint as stacked_fingerprint
 from emloc_jax.checkpoints._fingerprint import stacked_sample as stacked_sample
+from emloc_jax.checkpoints._head_parts import head_parameters as head_parameters
+from emloc_jax.checkpoints._head_parts import head_tensors as head_tensors
 from emloc_jax.checkpoints._layers import LazyLeaf as LazyLeaf
 from emloc_jax.checkpoints._layers import layer_leaves as layer_leaves
 from emloc_jax.checkpoints._load_adapter import AdapterInfo as AdapterInfo

@@ -27,12 +27,6 @@ def adapter_modules(adapters: Mapping[str, Adapter], base: Pretrained) -> dict[s
     Raises:
       AdapterMismatchError: see `save_adapter`.
     """
-    if base.fresh:
-        raise AdapterMismatchError(
-            f"The adapter's base was loaded with a fresh head ({', '.join(base.fresh)}) that no "
-            "file holds, so nobody could load it again. Write the base with save_pretrained, load "
-            "that folder, and give it as the base."
-        )
     linear = linear_modules(base.config)
     layers = split_layers(adapters)
     _match(layers, linear)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from emloc_jax._files import new_directory
-from emloc_jax.adapters import Adapter
+from emloc_jax.adapters import Adapter, lora_alone
 from emloc_jax.checkpoints._adapter_tensors import adapter_modules, adapter_tensors, provenance
 from emloc_jax.checkpoints._peft_config import PeftScales, peft_config, scales_of_config
 from emloc_jax.checkpoints._peft_names import linear_modules
@@ -61,7 +61,7 @@ def save_diffusers_adapter(
             f"The base is a {type(base.model).__name__}, which diffusers does not know. Write a "
             "PEFT folder with save_adapter."
         )
-    modules = adapter_modules(adapters, base)
+    modules = adapter_modules(lora_alone(adapters, "A file of diffusers"), base)
     every = [module for module, _, _ in linear_modules(base.config).values()]
     config = peft_config(modules, every, str(base.source), 0.0, task=None)
     plans, read = adapter_tensors(modules, _PREFIX)

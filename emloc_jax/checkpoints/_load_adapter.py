@@ -3,14 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax.adapters import Adapter
+from emloc_jax.adapters import Adapter, Trainable
+from emloc_jax.checkpoints._adapter_head import read_head
 from emloc_jax.checkpoints._adapter_layers import join_layers
 from emloc_jax.checkpoints._diffusers_adapter import (
     DIFFUSERS_WEIGHTS,
@@ -59,8 +60,10 @@ def load_adapter(
     *,
     scan_layers: bool | None = None,
     check_base: bool = True,
-) -> dict[str, Adapter]:
+) -> dict[str, Trainable]:
     """Read a PEFT LoRA folder into {path: Adapter}, in fp32, with its own alphas and rsLoRA.
+
+    A classification head among its `modules_to_save` comes as {path: Whole} behind them.
 
     Args:
       folder: `adapter_model.safetensors` and `adapter_config.json`, or diffusers'
@@ -72,8 +75,9 @@ def load_adapter(
 
     Raises:
       CheckpointError: a file is missing, truncated or corrupt.
-      AdapterMismatchError: the adapter is no plain LoRA, or belongs to another base.
-      NonFiniteError: a factor has infinite or NaN entries.
+      AdapterMismatchError: the adapter is no plain LoRA with or without such a head, or belongs to
+        another base.
+      NonFiniteError: a factor or the head has infinite or NaN entries.
     """
     folder = Path(folder)
     config = base.config if isinstance(base, Pretrained) else base
@@ -89,7 +93,8 @@ def load_adapter(
         for path, (module, *size) in linear_modules(config, in_files=in_files).items()
     }
     own = _Own.of(base) if isinstance(base, Pretrained) else None
-    pairs = _pairs(source, scales, linear, own, folder)
+    whole, taken = read_head(source, config, scales.saved, folder)
+    pairs = _pairs(source, taken, scales, linear, own, folder)
     if check_base and isinstance(base, Pretrained) and info.base_fingerprint is not None:
         if info.base_fingerprint != base_fingerprint(base):
             raise AdapterMismatchError(
@@ -114,7 +119,8 @@ def load_adapter(
         )
     if scan_layers is None:
         scan_layers = isinstance(base, Pretrained) and base.model.scan_layers
-    return join_layers(adapters, layer_depths(config)) if scan_layers else adapters
+    joined = join_layers(adapters, layer_depths(config)) if scan_layers else adapters
+    return {**joined, **whole}
 
 
 def _open(folder: Path) -> SafetensorsSource:
@@ -134,6 +140,7 @@ def _info(source: SafetensorsSource) -> AdapterInfo:
 
 def _pairs(
     source: SafetensorsSource,
+    taken: Collection[str],
     scales: PeftScales,
     linear: Mapping[str, tuple[Any, ...]],
     own: "_Own | None",
@@ -143,6 +150,8 @@ def _pairs(
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for key in source.tensors:
+        if key in taken:
+            continue
         match = _KEY.fullmatch(key)
         if match is None and (is_alpha(key) or (own is not None and own.has(source, key))):
             continue

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ _REFUSED = (
     "layer_replication",
     "lora_bias",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
@@ -49,6 +48,7 @@ _HARMLESS = {
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -68,13 +68,17 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class PeftScales(NamedTuple):
-    """Rank and alpha of every module, as PEFT resolves them from defaults and patterns."""
+    """Rank and alpha of every module, as PEFT resolves them from defaults and patterns.
+
+    `saved` is `modules_to_save`, modules that are no adapters and lie in the file whole.
+    """
 
     rank: int
     alpha: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     rslora: bool
+    saved: tuple[str, ...] = ()
 
     def of(self, module: str) -> tuple[int, float]:
         """Rank and alpha of one module; the first pattern that ends its name wins."""
@@ -92,6 +96,7 @@ def peft_config(
     *,
     task: str | None = "CAUSAL_LM",
     conv1d: bool = False,
+    saved: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The `adapter_config.json` of adapters given by module name.
 
@@ -102,6 +107,7 @@ def peft_config(
       dropout: `lora_dropout`, which acts in further training only.
       task: PEFT's task type; None: none of them.
       conv1d: the base stores its kernels (d_in, d_out).
+      saved: modules that are stored whole.
 
     Raises:
       AdapterMismatchError: some adapters use rsLoRA and others do not, which PEFT cannot say.
@@ -125,7 +131,7 @@ def peft_config(
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(saved) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
@@ -180,6 +186,7 @@ def scales_of_config(
             {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
             {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
             bool(config.get("use_rslora", False)),
+            tuple(map(str, config.get("modules_to_save") or ())),
         )
         for pattern in (*scales.rank_pattern, *scales.alpha_pattern):
             re.compile(pattern)

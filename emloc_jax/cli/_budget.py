@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from emloc_jax._bytes import parse_bytes
+from emloc_jax.adapters import Adapter, split_whole
 from emloc_jax.cli._checks import compressed_paths
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._data import Dataset, evaluation_batches
@@ -26,6 +27,7 @@ from emloc_jax.models import CausalModel, InternVL
 
 __all__ = [
     "batch_length",
+    "check_budget",
     "correct_setting",
     "emulate_setting",
     "finetune_setting",
@@ -46,18 +48,14 @@ def keep_budget(
       setting: of the run.
 
     Raises:
-      ConfigError: a malformed budget, or an encoder.
+      ConfigError: a malformed budget.
       PlanError: a stage takes more; the message has the nearest setting that fits.
     """
     if budget is None:
         return None
     limit = Budget(device=parse_bytes(budget))
     base = session.base
-    if not isinstance(base.model, CausalModel) or isinstance(base.model, InternVL):
-        raise ConfigError(
-            f"memory_budget={budget} was given, but plans are for language models of text and "
-            f"{base.source} is a {type(base.model).__name__}. Leave it out."
-        )
+    assert isinstance(base.model, CausalModel)  # see `check_budget`
     model = AbstractModel(str(base.source), base.model, _shapes(base.params), session.kernels)
     planner = Planner(model)
     with status("Planning: compiling the stages on shapes"):
@@ -68,6 +66,21 @@ def keep_budget(
         f"the {limit} allowed."
     )
     return plan
+
+
+def check_budget(session: Session, budget: str | None) -> None:
+    """Refuses a budget for a model that cannot be planned.
+
+    Raises:
+      ConfigError: an encoder, or a model of images.
+    """
+    base = session.base
+    planned = isinstance(base.model, CausalModel) and not isinstance(base.model, InternVL)
+    if budget is not None and not planned:
+        raise ConfigError(
+            f"memory_budget={budget} was given, but plans are for language models of text and "
+            f"{base.source} is a {type(base.model).__name__}. Leave it out."
+        )
 
 
 def finetune_setting(
@@ -138,7 +151,7 @@ def correct_setting(
         ratio=max(ratios.values(), default=0.5),
         where=_exactly(ratios),
         lora_where=_exactly(adapters),
-        lora_rank=max(adapter.rank for adapter in adapters.values()),
+        lora_rank=_largest_rank(adapters),
         length=max([batch["tokens"].shape[1] for batch in batches], default=shape[1]),
         calibration_batch=shape[0],
         calibration_rows=max(1, sum(batch["tokens"].shape[0] for batch in batches)),
@@ -154,8 +167,8 @@ def correct_setting(
 
 def merge_setting(adapters: Any, *, stream: bool) -> tuple[list[str], Setting]:
     """The stages to plan and the setting of a merge."""
-    rank = max(adapter.rank for adapter in adapters.values())
-    setting = Setting(lora_where=_exactly(adapters), lora_rank=rank, stream=stream)
+    lora, _ = split_whole(adapters)
+    setting = Setting(lora_where=_exactly(lora), lora_rank=_largest_rank(lora), stream=stream)
     return ["merge"], setting
 
 
@@ -211,6 +224,10 @@ def _ratios(session: Session, emulator: Any) -> dict[str, float]:
         if rank is not None:
             found[path] = rank * (spec.d_in + spec.d_out) / (spec.d_in * spec.d_out)
     return found
+
+
+def _largest_rank(adapters: Mapping[str, Adapter]) -> int:
+    return max(adapter.rank for adapter in adapters.values())
 
 
 def _exactly(paths: Any) -> tuple[str, ...]:

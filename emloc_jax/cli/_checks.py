@@ -1,12 +1,16 @@
 """What is refused before any long work starts, and what the options select."""
 
+import dataclasses
 import math
+from collections.abc import Collection, Iterable, Sequence
 
 import jax
 import numpy as np
 
 from emloc_jax._bytes import parse_bytes
-from emloc_jax.adapters import Adapter, init_adapters
+from emloc_jax.checkpoints import head_parameters, head_tensors
+from emloc_jax.cli._adapters import new_adapters
+from emloc_jax.cli._console import say
 from emloc_jax.cli._data import Dataset, evaluation_batches, prompt_reader, training_batches
 from emloc_jax.cli._options import (
     CorrectionOptions,
@@ -24,35 +28,19 @@ from emloc_jax.kernels import match_rules, select
 from emloc_jax.models import InternVLConfig
 from emloc_jax.training import make_optimizer, make_schedule, make_train_step, score_named
 
-_HEAD = "classifier/kernel"
-
 __all__ = [
     "check_correction",
     "check_data",
     "check_emulation",
     "check_emulator_options",
-    "check_method",
     "check_model",
     "check_moments",
     "check_scores",
     "check_training",
+    "check_weights",
     "compressed_paths",
-    "new_adapters",
     "parse_limit",
 ]
-
-
-def check_method(method: str, task: Task | None) -> None:
-    """Refuses methods that cannot train a classifier of texts.
-
-    Raises:
-      UnsupportedArchitectureError: the rows have labels, and the method needs an adapter.
-    """
-    if task is not None and not task.images and method not in ("full", "lsp"):
-        raise UnsupportedArchitectureError(
-            f"method={method} was asked for on rows with labels; adapters on encoders with a "
-            "classification head are not supported yet. Use method=full or method=lsp."
-        )
 
 
 def check_model(session: Session, method: str) -> None:
@@ -69,9 +57,10 @@ def check_model(session: Session, method: str) -> None:
 
 
 def compressed_paths(session: Session, options: EmulatorOptions) -> list[str]:
-    """Kernels that the options select for compression; tied heads never are."""
+    """Kernels that the options select for compression; tied heads and classifiers never are."""
     paths = [path for path, spec in session.kernels.items() if not spec.tied]
-    return select(options.where, paths)
+    head = head_tensors(session.base.config)
+    return [path for path in select(options.where, paths) if path not in head]
 
 
 def check_emulator_options(options: EmulatorOptions) -> None:
@@ -112,6 +101,13 @@ def check_emulation(session: Session, options: EmulatorOptions) -> None:
     """
     check_emulator_options(options)
     paths = compressed_paths(session, options)
+    if not paths:
+        raise ConfigError(
+            f"emulator.where={options.where} selects the classification head alone, which is never "
+            "compressed. Select kernels of the layers."
+        )
+    head = head_tensors(session.base.config)
+    _say_of_head(session, "emulator.where", options.where, head, "is never compressed")
     heads = [path for path in paths if path.startswith("lm_head")]
     if heads and options.weighting != "plain":
         raise ConfigError(
@@ -156,7 +152,34 @@ def check_training(session: Session, train_options: TrainOptions, lora: LoraOpti
     if lora is not None:
         if not 0 <= lora.dropout < 1:
             raise ConfigError(f"lora.dropout is {lora.dropout}; it must be at least 0 and below 1.")
-        jax.eval_shape(lambda: new_adapters(session, lora, 0))
+        base = session.base
+        jax.eval_shape(
+            lambda params: new_adapters(
+                dataclasses.replace(session, base=dataclasses.replace(base, params=params)), lora, 0
+            ),
+            base.params,
+        )
+        _say_of_head(session, "lora.where", lora.where, head_parameters(base), "is trained whole")
+
+
+def check_weights(session: Session, paths: Iterable[str]) -> None:
+    """Refuses a weighted correction of kernels whose inputs are not calibrated.
+
+    Args:
+      session: of the original.
+      paths: of the adapters.
+
+    Raises:
+      ConfigError: one lies in a head.
+    """
+    head = head_tensors(session.base.config)
+    outside = [path for path in paths if path in head or path.startswith("lm_head")]
+    if outside:
+        raise ConfigError(
+            f"correct.weighted=true needs the inputs of every kernel with an adapter, but those of "
+            f"{', '.join(outside)} in the head are not calibrated. Leave it out of lora.where, or "
+            "use correct.weighted=false."
+        )
 
 
 def check_correction(options: CorrectionOptions) -> None:
@@ -226,32 +249,10 @@ def parse_limit(text: str) -> float:
     return limit
 
 
-def new_adapters(session: Session, options: LoraOptions, seed: int) -> dict[str, Adapter]:
-    """Untrained adapters on the selected kernels; a tied head gets none, a classifier's one.
-
-    That of a classifier has the rank that its labels allow, and the same scale.
-    """
-    kernels = {path: spec for path, spec in session.kernels.items() if not spec.tied}
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    heads = {path: spec for path, spec in kernels.items() if path == _HEAD and session.task}
-    others = {path: spec for path, spec in kernels.items() if path not in heads}
-    adapters = init_adapters(
-        key,
-        others,
-        where=options.where,
-        rank=options.rank,
-        alpha=options.alpha,
-        rslora=options.rslora,
-    )
-    for spec in heads.values():
-        rank = min(options.rank, spec.d_in, spec.d_out)
-        share = math.sqrt(rank / options.rank) if options.rslora else rank / options.rank
-        adapters |= init_adapters(
-            key,
-            heads,
-            where=".*",
-            rank=rank,
-            alpha=options.alpha * share,
-            rslora=options.rslora,
-        )
-    return adapters
+def _say_of_head(
+    session: Session, option: str, where: Sequence[str], head: Collection[str], what: str
+) -> None:
+    """Says what becomes of a classification head that a rule selects."""
+    found = [path for path in select(where, session.kernels) if path in head]
+    if found:
+        say(f"{option} selects {', '.join(found)} of the classification head, which {what}.")

@@ -14,7 +14,7 @@ from emloc_jax.cli._image_data import (
     image_tokens,
 )
 from emloc_jax.cli._options import DataOptions
-from emloc_jax.cli._rows import Rows, RowSource, read_source
+from emloc_jax.cli._rows import Rows
 from emloc_jax.cli._session import Session
 from emloc_jax.errors import ConfigError
 from emloc_jax.models import InternVLConfig, image_token_masks
@@ -39,7 +39,6 @@ __all__ = [
     "calibration_batches",
     "encode",
     "evaluation_batches",
-    "load_rows",
     "prompt_reader",
     "token_mask",
     "training_batches",
@@ -59,13 +58,6 @@ class Dataset:
     rows: Rows
     examples: Sequence[Example] | Sequence[LabelledExample] | Sequence[LabelledImage]
     pad: Callable[..., dict[str, np.ndarray]]
-
-
-def load_rows(
-    session: Session, source: RowSource, options: DataOptions, *, first: int | None = None
-) -> Dataset:
-    """Reads and tokenizes rows; see `read_source` and `encode`."""
-    return encode(session, read_source(source, options, first=first), options)
 
 
 def encode(session: Session, rows: Rows, options: DataOptions) -> Dataset:

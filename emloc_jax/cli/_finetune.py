@@ -1,16 +1,17 @@
 """The whole job: calibrate, emulate, train, correct, merge, evaluate."""
 
-from emloc_jax.cli._budget import finetune_setting, keep_budget
+from emloc_jax.cli._adapters import adapted_paths
+from emloc_jax.cli._budget import check_budget, finetune_setting, keep_budget
 from emloc_jax.cli._checks import (
     check_correction,
     check_data,
     check_emulation,
     check_emulator_options,
-    check_method,
     check_model,
     check_moments,
     check_scores,
     check_training,
+    check_weights,
 )
 from emloc_jax.cli._curves import draw_curves
 from emloc_jax.cli._data import encode
@@ -23,7 +24,6 @@ from emloc_jax.cli._polish import check_polish
 from emloc_jax.cli._report import RunReport
 from emloc_jax.cli._rows import RowSource, read_source
 from emloc_jax.cli._run import Run, check_run
-from emloc_jax.cli._saved_base import with_saved_base
 from emloc_jax.cli._session import load_parameters, open_session
 from emloc_jax.cli._stream import finetune_streams
 from emloc_jax.cli._task import task_of
@@ -55,7 +55,6 @@ def finetune(
     rows = read_source(data.train if train_rows is None else train_rows, data)
     kept = None if test is None else read_source(test, data, first=config.eval.rows)
     task = task_of(rows, data, config.eval)
-    check_method(config.method, task)
     check_scores(config.eval, task)
     if config.method == "emloc":
         check_emulator_options(config.emulator)
@@ -72,10 +71,13 @@ def finetune(
         seed=config.seed,
     )
     check_model(session, config.method)
+    check_budget(session, config.memory_budget)
     if config.method == "emloc":
         check_emulation(session, config.emulator)
     lora = config.lora if config.method in ("emloc", "lora") else None
     check_training(session, config.train, lora)
+    if config.method == "emloc" and config.correct.weighted:
+        check_weights(session, adapted_paths(session, config.lora))
     train_data = encode(session, rows, data)
     test_data = None if kept is None else encode(session, kept, data)
     check_data(session, config, train_data, test_data)
@@ -88,8 +90,6 @@ def finetune(
         session = load_parameters(session, config.model, on_device=on_device, seed=config.seed)
     trainer = open_trainer(session, config, train_data) if config.method == "lsp" else None
     run = Run(config, resume=resume)  # nothing is written before all of the above is in order
-    if session.base.fresh and config.method in ("emloc", "lora"):
-        session = with_saved_base(run, session)
     job = Job(config, run, session, train_data, test_data)
     match config.method:
         case "emloc":

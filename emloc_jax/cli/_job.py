@@ -7,7 +7,7 @@ import jax
 
 from emloc_jax._compiling import loop_options
 from emloc_jax._program_memory import analysed
-from emloc_jax.adapters import Adapter
+from emloc_jax.adapters import Trainable
 from emloc_jax.checkpoints import save_adapter, save_pretrained
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._data import Dataset, calibration_batches, evaluation_batches, training_batches
@@ -110,7 +110,7 @@ class Job:
         return trained
 
     def evaluate(
-        self, name: str, adapters: dict[str, Adapter] | None = None, params: Any = None
+        self, name: str, adapters: dict[str, Trainable] | None = None, params: Any = None
     ) -> None:
         """Scores a model on the test rows and keeps its answers; without `params` the original."""
         config, session = self.config, self.session
@@ -129,14 +129,14 @@ class Job:
                 self.run.write_json(file, [_answer(a) for a in scores.report.answers])
         self.report.stages.append(row)
 
-    def save_adapter(self, name: str, adapters: dict[str, Adapter], **extra: Any) -> None:
+    def save_adapter(self, name: str, adapters: dict[str, Trainable], **extra: Any) -> None:
         """Writes a PEFT folder, unless a resumed run did so before."""
         if not self.run.has(name):
             base, dropout = self.session.base, self.config.lora.dropout
             with self.ledger.stage("export"):
                 save_adapter(self.run / name, adapters, base=base, dropout=dropout, **extra)
 
-    def save_merged(self, adapters: dict[str, Adapter]) -> None:
+    def save_merged(self, adapters: dict[str, Trainable]) -> None:
         """Writes the original with adapters added in as a Hugging Face folder."""
         if not self.run.has("merged"):
             with self.ledger.stage("merge"):

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from emloc_jax.adapters import Adapter
+from emloc_jax.adapters import Trainable
 from emloc_jax.checkpoints import load_emulator
-from emloc_jax.cli._checks import compressed_paths, new_adapters
+from emloc_jax.cli._adapters import new_adapters
+from emloc_jax.cli._checks import compressed_paths
 from emloc_jax.cli._job import Job
 from emloc_jax.cli._polish import ContinuedBatches, polish_training
 from emloc_jax.cli._session import byte_size
@@ -102,7 +103,7 @@ def note_sizes(job: Job, emulator: Any) -> None:
     job.report.facts["emulator_bytes"] = byte_size(emulator)
 
 
-def train_adapters(job: Job, emulator: Any) -> dict[str, Adapter]:
+def train_adapters(job: Job, emulator: Any) -> dict[str, Trainable]:
     """Adapters trained on the emulator."""
     config, combine = job.config, attach_for_training(job.config.lora)
     adapters = new_adapters(job.session, config.lora, config.seed)
@@ -115,8 +116,8 @@ def train_adapters(job: Job, emulator: Any) -> dict[str, Adapter]:
 
 
 def correct_adapters(
-    job: Job, adapters: dict[str, Adapter], emulator: Any, calibration: list[Any], moments: Any
-) -> dict[str, Adapter]:
+    job: Job, adapters: dict[str, Trainable], emulator: Any, calibration: list[Any], moments: Any
+) -> dict[str, Trainable]:
     """The adapters corrected for the original."""
     options, choosing = job.config.correct, calibration
     if options.rows is not None:
@@ -143,7 +144,7 @@ def correct_adapters(
     return done.adapters
 
 
-def polish_adapters(job: Job, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+def polish_adapters(job: Job, adapters: dict[str, Trainable]) -> dict[str, Trainable]:
     """Corrected adapters after some steps on the original, on the batches that follow."""
     config, options = job.config, polish_training(job.config.polish, job.config.train)
     with job.ledger.stage("polish") as stage:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from emloc_jax.cli._checks import new_adapters
+from emloc_jax.cli._adapters import new_adapters
 from emloc_jax.cli._job import Job
 from emloc_jax.cli._lsp import lsp_facts, train_lsp
 from emloc_jax.cli._training import step_in_memory

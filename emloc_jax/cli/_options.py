@@ -148,7 +148,7 @@ class LoraOptions:
     where: list[str] = option(
         ["layers/.*"],
         "regular expressions: kernels that get an adapter (InternVL: vision/layers/.*, "
-        "projector/.* too); the head of a classifier always gets one",
+        "projector/.* too); the head of a classifier is trained whole beside them",
     )
     rank: int = option(8, "rank of the adapters")
     alpha: float = option(16.0, "the branch is scaled by alpha / rank")

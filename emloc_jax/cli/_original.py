@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 
 from emloc_jax._bytes import parse_bytes
-from emloc_jax.adapters import Adapter, CorrectionReport, attach, correction_report
+from emloc_jax.adapters import CorrectionReport, Trainable, attach, correction_report, split_whole
 from emloc_jax.checkpoints import CheckpointBlocks, save_pretrained
 from emloc_jax.cli._checks import parse_limit
 from emloc_jax.cli._console import status, tick
@@ -44,7 +44,7 @@ from emloc_jax.training import make_head_loss
 
 __all__ = ["Corrected", "Original", "open_original"]
 
-Adapters = dict[str, Adapter]
+Adapters = dict[str, Trainable]
 Batches = Sequence[Mapping[str, Any]]
 
 
@@ -145,7 +145,8 @@ class WholeOriginal:
         """See `Original`."""
         session = self.session
         if weights is not None and moments is None:
-            moments = input_moments(session, weights, list(adapters))
+            lora, _ = split_whole(adapters)
+            moments = input_moments(session, weights, list(lora))
         corrected, limit, losses = correct_session(
             session, adapters, emulator, options, choosing, moments
         )
@@ -244,7 +245,7 @@ class StreamedOriginal:
         else:
             limit = parse_limit(options.limit)
         corrected, report = work.correct(limit)
-        return Corrected(corrected, limit, losses, report)
+        return Corrected({**corrected}, limit, losses, report)
 
     def write_merged(self, folder, adapters, *, resume=False):
         """See `Original`; finished shards are kept for a resumption."""

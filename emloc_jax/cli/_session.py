@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax.adapters import Adapter, attach
-from emloc_jax.checkpoints import Pretrained, load_pretrained, minilm_path, smollm2_path
+from emloc_jax.adapters import Trainable, attach
+from emloc_jax.checkpoints import (
+    AdapterHead,
+    Pretrained,
+    load_pretrained,
+    minilm_path,
+    smollm2_path,
+)
 from emloc_jax.cli._console import status
 from emloc_jax.cli._options import ModelOptions
-from emloc_jax.cli._task import Task, fit_task, named_head
+from emloc_jax.cli._task import Task, fit_task, named_head, with_labels_of
 from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import KernelSpec, find_kernels, intercept
 from emloc_jax.models import VisionConfig, generate
@@ -105,7 +111,7 @@ class Session:
         pixels = (batch["pixels"],) if "pixels" in batch else ()
         return batch["tokens"], batch["positions"], batch["segments"], *pixels
 
-    def with_adapters(self, params: Any, adapters: dict[str, Adapter] | None) -> Any:
+    def with_adapters(self, params: Any, adapters: Mapping[str, Trainable] | None) -> Any:
         """`params`, with `adapters` attached if there are any."""
         return params if adapters is None else attach(params, adapters)
 
@@ -117,6 +123,7 @@ def open_session(
     abstract: bool = False,
     task: Task | None = None,
     fresh_head: bool = False,
+    head: AdapterHead | None = None,
     seed: int = 0,
     runs: bool = True,
 ) -> Session:
@@ -129,20 +136,23 @@ def open_session(
         time, or until `load_parameters`.
       task: what a classifier is to tell apart; None: a language model is wanted.
       fresh_head: make a classification head where there is none.
-      seed: of that head.
-      runs: the model will be run; if not, an image encoder needs no task.
+      head: of the adapter that the model is opened for; the model gets one like it.
+      seed: of a fresh head.
+      runs: the model will be run; if not, an encoder needs no task.
 
     Raises:
       EmlocError: see `fit_task` and `load_pretrained`.
     """
     load = _loader(options)
     with status(f"Opening {options.source}"):
-        found = load(abstract=True, tokenizer=False)
-        if runs or not isinstance(found.config, VisionConfig):
+        if head is not None:
+            load = functools.partial(load, num_labels=head.outputs)
+        found = with_labels_of(head, load(abstract=True, tokenizer=False))
+        if runs or task is not None:
             task = fit_task(task, found, fresh_head=fresh_head)
         if task is not None:
             load = functools.partial(load, num_labels=task.outputs, seed=seed)
-        base = load(abstract=True)
+        base = with_labels_of(head, load(abstract=True))
     apply = intercept(base.model.apply)
     kernels = find_kernels(base.model.apply, base.params, **_shapes_of_inputs(base.config))
     if task is None:
@@ -181,9 +191,9 @@ def load_parameters(
     Raises:
       EmlocError: see `load_pretrained`.
     """
-    load, task = _loader(options), session.task
-    if task is not None:
-        load = functools.partial(load, num_labels=task.outputs, seed=seed)
+    load, labels = _loader(options), getattr(session.base.config, "num_labels", None)
+    if labels is not None:
+        load = functools.partial(load, num_labels=labels, seed=seed)
     with status(f"Loading {options.source}"):
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             params = load(tokenizer=False).params

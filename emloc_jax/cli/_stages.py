@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from emloc_jax._bytes import parse_bytes
-from emloc_jax.adapters import Adapter, choose_limit, correct
+from emloc_jax.adapters import Trainable, choose_limit, correct
 from emloc_jax.checkpoints import calibration_fingerprint, save_emulator
 from emloc_jax.cli._checks import compressed_paths, parse_limit
 from emloc_jax.cli._console import tick, track
@@ -191,12 +191,12 @@ def write_emulator(
 
 def correct_session(
     session: Session,
-    adapters: dict[str, Adapter],
+    adapters: dict[str, Trainable],
     emulator: Any,
     options: CorrectionOptions,
     batches: Sequence[Batch],
     moments: Moments | None,
-) -> tuple[dict[str, Adapter], float, dict[float, float]]:
+) -> tuple[dict[str, Trainable], float, dict[float, float]]:
     """Corrected adapters, the limit that was used, and the losses it was chosen by."""
     weights = moments if options.weighted else None
     losses: dict[float, float] = {}

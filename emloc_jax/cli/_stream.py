@@ -14,7 +14,7 @@ from emloc_jax.cli._options import DataOptions, FinetuneConfig, ModelOptions, Sc
 from emloc_jax.cli._session import Session, byte_size, packaged
 from emloc_jax.cli._stages import Scores
 from emloc_jax.errors import ConfigError
-from emloc_jax.models import BlockSource, InternVLConfig, VisionConfig
+from emloc_jax.models import BlockSource, EncoderConfig, InternVLConfig, VisionConfig
 from emloc_jax.offload import free_host_memory
 from emloc_jax.streaming import AdaptedBlocks, stream_generate, stream_loss
 from emloc_jax.training import Row, evaluate_generation
@@ -36,7 +36,7 @@ def wants_stream(text: str, options: ModelOptions) -> bool:
       options: which model.
 
     Raises:
-      ConfigError: another text, or true for a model of images.
+      ConfigError: another text, or true for an encoder or a model of images.
     """
     asked = str(text).lower()
     if asked not in ("true", "false", "auto"):
@@ -46,11 +46,11 @@ def wants_stream(text: str, options: ModelOptions) -> bool:
     found = load_pretrained(
         packaged(options.source), dtype=options.dtype, abstract=True, tokenizer=False
     )
-    if isinstance(found.config, VisionConfig | InternVLConfig):
+    if isinstance(found.config, EncoderConfig | VisionConfig | InternVLConfig):
         if asked == "true":
             raise ConfigError(
                 f"stream=true was asked for, but {options.source} is a {found.config.model_type} "
-                "model; only models of text are read a block at a time. Leave it out."
+                "model; only language models of text are read a block at a time. Leave it out."
             )
         return False
     if asked == "true":

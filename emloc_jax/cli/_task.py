@@ -1,9 +1,10 @@
 """What a classifier is to tell apart, from the rows and from the checkpoint's own head."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from emloc_jax.checkpoints import Pretrained
+from emloc_jax.checkpoints import AdapterHead, Pretrained
 from emloc_jax.cli._options import DataOptions, ScoreOptions
 from emloc_jax.cli._rows import Rows, glue_name
 from emloc_jax.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
@@ -16,7 +17,7 @@ from emloc_jax.training import (
     label_names,
 )
 
-__all__ = ["Task", "fit_task", "named_head", "task_of"]
+__all__ = ["Task", "fit_task", "named_head", "task_of", "with_labels_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,9 @@ def fit_task(task: Task | None, found: Pretrained, *, fresh_head: bool) -> Task 
     sees = isinstance(config, VisionConfig)
     if task is None and sees:
         raise UnsupportedArchitectureError(
-            f"{source} is a {config.model_type} image encoder; finetune and eval take it as a "
-            "classifier, on a folder of images with a subfolder for each class, or with "
-            "data.columns={image: COLUMN, label: COLUMN}."
+            f"{source} is a {config.model_type} image encoder; finetune, eval, emulate and correct "
+            "take it as a classifier, on a folder of images with a subfolder for each class, or "
+            "with data.columns={image: COLUMN, label: COLUMN}."
         )
     if task is not None and task.images != sees:
         raise ConfigError(
@@ -103,9 +104,9 @@ def fit_task(task: Task | None, found: Pretrained, *, fresh_head: bool) -> Task 
         )
     if task is None:
         raise UnsupportedArchitectureError(
-            f"{source} is a {config.model_type} encoder; finetune (method=full or lsp) and eval "
-            "take it as a classifier, on rows with labels: data.columns={text: COLUMN, label: "
-            "COLUMN} or data.format=glue/TASK. All else here needs a causal language model."
+            f"{source} is a {config.model_type} encoder; finetune, eval, emulate and correct take "
+            "it as a classifier, on rows with labels: data.columns={text: COLUMN, label: COLUMN} "
+            "or data.format=glue/TASK. Texts are continued by a causal language model."
         )
     task = _in_order(task, found, fresh_head)
     if len(task.names) == 1:
@@ -141,21 +142,33 @@ def _in_order(task: Task, found: Pretrained, fresh_head: bool) -> Task:
         )
     elif not (fresh_head or task.known):
         raise CheckpointError(
-            f"The head of {source} does not name its classes, so labels cannot be told from "
-            "outputs. Put their names into id2label of its config.json."
+            f"The head of {source} does not name its classes (nor does its adapter, if one was "
+            "given), so labels cannot be told from outputs. Put their names into id2label of its "
+            "config.json."
         )
     return task
 
 
 def named_head(base: Pretrained, task: Task) -> Pretrained:
     """The model with the classes' names in its config, to be saved with them."""
-    names = task.names or ("LABEL_0",)
     kind = "single_label_classification" if task.names else "regression"
-    labels = {
+    return _labelled(base, task.names or ("LABEL_0",), kind)
+
+
+def with_labels_of(head: AdapterHead | None, base: Pretrained) -> Pretrained:
+    """The model with the names that an adapter says of its head, if it does."""
+    if head is None or not head.labels:
+        return base
+    return _labelled(base, head.labels, head.problem_type)
+
+
+def _labelled(base: Pretrained, names: Sequence[str], kind: str | None) -> Pretrained:
+    labels: dict[str, Any] = {
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
-        "problem_type": kind,
     }
+    if kind is not None:
+        labels["problem_type"] = kind
     return dataclasses.replace(base, hf_config=base.hf_config | labels)
 
 

@@ -6,17 +6,26 @@ from typing import Any
 import jax
 
 from emloc_jax._files import check_new
-from emloc_jax.checkpoints import load_adapter, load_emulator, save_adapter
-from emloc_jax.cli._budget import correct_setting, emulate_setting, keep_budget
-from emloc_jax.cli._checks import check_correction, check_emulation, check_emulator_options
+from emloc_jax.adapters import split_whole
+from emloc_jax.checkpoints import load_emulator, save_adapter
+from emloc_jax.cli._adapters import head_in, open_adapter
+from emloc_jax.cli._budget import check_budget, correct_setting, emulate_setting, keep_budget
+from emloc_jax.cli._checks import (
+    check_correction,
+    check_emulation,
+    check_emulator_options,
+    check_weights,
+)
 from emloc_jax.cli._console import results, say
-from emloc_jax.cli._data import calibration_batches, load_rows
-from emloc_jax.cli._options import CorrectConfig, EmulateConfig
+from emloc_jax.cli._data import calibration_batches, encode
+from emloc_jax.cli._options import CorrectConfig, EmulateConfig, ScoreOptions
 from emloc_jax.cli._original import open_original
+from emloc_jax.cli._rows import Rows, read_source
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import Session, load_parameters, open_session
 from emloc_jax.cli._stages import calibrate_session, emulate, stream_emulate, write_emulator
 from emloc_jax.cli._stream import wants_stream
+from emloc_jax.cli._task import task_of
 from emloc_jax.errors import ConfigError
 
 __all__ = ["run_correct", "run_emulate"]
@@ -43,9 +52,17 @@ def run_emulate(config: EmulateConfig, *, resume: bool = False) -> None:
             "--resume goes on with an emulator that is built a block at a time. Give stream=true, "
             "or leave --resume out."
         )
-    session = open_session(config.model, abstract=True)
+    rows = read_source(config.data.train, config.data)
+    session = open_session(
+        config.model,
+        abstract=True,
+        task=task_of(rows, config.data, ScoreOptions()),
+        fresh_head=True,
+        seed=config.seed,
+    )
+    check_budget(session, config.memory_budget)
     check_emulation(session, config.emulator)
-    data = load_rows(session, config.data.train, config.data)
+    data = encode(session, rows, config.data)
     calibration = calibration_batches(
         data,
         config.data,
@@ -57,7 +74,7 @@ def run_emulate(config: EmulateConfig, *, resume: bool = False) -> None:
         planned = emulate_setting(config, session, data, stream=streamed)
         keep_budget(session, config.memory_budget, *planned)
     if not streamed:
-        session = load_parameters(session, config.model)
+        session = load_parameters(session, config.model, seed=config.seed)
     output = Path(config.output)
     if streamed:
         report = stream_emulate(
@@ -83,9 +100,20 @@ def run_correct(config: CorrectConfig) -> None:
     check_new(config.output)
     check_new(f"{Path(config.output)}.correction.json")
     streamed = wants_stream(config.stream, config.model)
-    session = open_session(config.model, abstract=True)
-    adapters = load_adapter(config.adapter, session.base)
-    choosing, weights = _calibration(session, config)
+    rows = _rows(config)
+    task = None if rows is None else task_of(rows, config.data, ScoreOptions())
+    session = open_session(
+        config.model,
+        abstract=True,
+        task=task,
+        head=head_in(config.adapter),
+        runs=rows is not None,
+    )
+    check_budget(session, config.memory_budget)
+    adapters = open_adapter(config.adapter, session)
+    if config.correct.weighted:
+        check_weights(session, split_whole(adapters)[0])
+    choosing, weights = _calibration(session, rows, config)
     if config.memory_budget is not None:
         shapes = load_emulator(config.emulator, session.base, abstract=True)
         batches = [*choosing, *(weights or [])]
@@ -108,20 +136,29 @@ def run_correct(config: CorrectConfig) -> None:
     say(f"Corrected with limit {done.limit:g}; the new adapter is in {config.output}.")
 
 
-def _calibration(session: Session, config: CorrectConfig) -> tuple[list[Any], list[Any] | None]:
-    """Batches that choose the limit, and those that weigh the correction."""
+def _rows(config: CorrectConfig) -> Rows | None:
+    """The rows that the correction needs, if it does."""
     if config.correct.limit != "auto" and not config.correct.weighted:
-        return [], None
+        return None
     if config.data.train is None:
         raise ConfigError(
             "correct.limit=auto and correct.weighted=true need rows: give data.train."
         )
-    data = load_rows(session, config.data.train, config.data)
+    return read_source(config.data.train, config.data)
+
+
+def _calibration(
+    session: Session, rows: Rows | None, config: CorrectConfig
+) -> tuple[list[Any], list[Any] | None]:
+    """Batches that choose the limit, and those that weigh the correction."""
+    if rows is None:
+        return [], None
+    data = encode(session, rows, config.data)
 
     def calibration(rows: int) -> list[Any]:
         size = config.calibration.batch
         return calibration_batches(data, config.data, rows=rows, batch_size=size, seed=config.seed)
 
-    rows = config.calibration.rows
-    choosing = calibration(rows if config.correct.rows is None else config.correct.rows)
-    return choosing, calibration(rows) if config.correct.weighted else None
+    number = config.calibration.rows
+    choosing = calibration(number if config.correct.rows is None else config.correct.rows)
+    return choosing, calibration(number) if config.correct.weighted else None

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from emloc_jax._files import check_new, new_directory
-from emloc_jax.checkpoints import load_adapter, load_emulator
+from emloc_jax.checkpoints import load_emulator
+from emloc_jax.cli._adapters import head_in, open_adapter
 from emloc_jax.cli._checks import check_scores
 from emloc_jax.cli._console import console, results, status
 from emloc_jax.cli._data import encode
@@ -23,7 +24,7 @@ from emloc_jax.cli._session import Session, open_session, parameter_count
 from emloc_jax.cli._stages import score
 from emloc_jax.cli._stream import open_streamed, wants_stream
 from emloc_jax.cli._task import task_of
-from emloc_jax.errors import ConfigError, UnsupportedArchitectureError
+from emloc_jax.errors import ConfigError
 from emloc_jax.models import InternVLConfig
 from emloc_jax.training import Row, prompt_tokens
 
@@ -40,13 +41,9 @@ def run_eval(config: EvalConfig) -> None:
     rows = read_source(source, config.data, first=config.eval.rows)
     task = task_of(rows, config.data, config.eval)
     check_scores(config.eval, task)
-    if task is not None and not task.images and (config.adapter or config.emulator):
-        raise UnsupportedArchitectureError(
-            "An adapter or emulator was given with texts that have labels; a classifier of texts "
-            "is evaluated as it is saved. Leave it out."
-        )
     streamed = task is None and wants_stream(config.stream, config.model)
-    session = open_session(config.model, task=task, abstract=streamed)
+    head = head_in(config.adapter) if task is not None else None
+    session = open_session(config.model, task=task, head=head, abstract=streamed)
     data = encode(session, rows, config.data)
     name = " + ".join(
         ["emulator" if config.emulator else "original", *(["adapter"] if config.adapter else [])]
@@ -116,7 +113,7 @@ def _params(session: Session, emulator: str | None, adapter: str | None) -> Any:
     params = session.base.params
     if emulator is not None:
         params = jax.device_put(load_emulator(emulator, session.base))
-    adapters = None if adapter is None else load_adapter(adapter, session.base)
+    adapters = None if adapter is None else open_adapter(adapter, session)
     return session.with_adapters(params, adapters)
 
 
@@ -125,7 +122,7 @@ def _abstract_count(session: Session, emulator: str | None, adapter: str | None)
     params = session.base.params
     if emulator is not None:
         params = load_emulator(emulator, session.base, abstract=True)
-    adapters = None if adapter is None else load_adapter(adapter, session.base)
+    adapters = None if adapter is None else open_adapter(adapter, session)
     return parameter_count(session.with_adapters(params, adapters))
 
 

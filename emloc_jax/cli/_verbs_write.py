@@ -7,11 +7,11 @@ from emloc_jax._files import check_new
 from emloc_jax.adapters import merge
 from emloc_jax.checkpoints import (
     adapter_info,
-    load_adapter,
     save_adapter,
     save_orbax,
 )
-from emloc_jax.cli._budget import keep_budget, merge_setting
+from emloc_jax.cli._adapters import head_in, open_adapter
+from emloc_jax.cli._budget import check_budget, keep_budget, merge_setting
 from emloc_jax.cli._console import say, status
 from emloc_jax.cli._options import ExportConfig, MergeConfig
 from emloc_jax.cli._original import open_original
@@ -37,8 +37,10 @@ def run_merge(config: MergeConfig, *, resume: bool = False) -> None:
             "--resume goes on with a model that is written a tensor at a time. Give stream=true, "
             "or leave --resume out."
         )
-    session = open_session(config.model, abstract=True, runs=False)
-    adapters = load_adapter(config.adapter, session.base)
+    head = head_in(config.adapter)
+    session = open_session(config.model, abstract=True, head=head, runs=False)
+    check_budget(session, config.memory_budget)
+    adapters = open_adapter(config.adapter, session)
     keep_budget(session, config.memory_budget, *merge_setting(adapters, stream=streamed))
     if not streamed:
         session = load_parameters(session, config.model)
@@ -58,8 +60,9 @@ def run_export(config: ExportConfig) -> None:
             "Orbax parameters are written from a model that is whole in memory. Give stream=false "
             "on a machine that holds it, or export with format=huggingface."
         )
-    session = open_session(config.model, abstract=streamed, runs=False)
-    adapters = load_adapter(config.adapter, session.base) if config.adapter else None
+    head = head_in(config.adapter)
+    session = open_session(config.model, abstract=streamed, head=head, runs=False)
+    adapters = open_adapter(config.adapter, session) if config.adapter else None
     if config.format == "huggingface":
         open_original(session).write_merged(Path(config.output), adapters)
     else:

@@ -14,12 +14,14 @@ from emloc_jax.adapters import (
     CorrectionReport,
     KernelCorrection,
     Problem,
+    Trainable,
     best_limit,
     check_limit,
     correct_kernel,
     kernel_corrections,
     limit_trials,
     limits_to_try,
+    lora_alone,
     problems,
 )
 from emloc_jax.checkpoints import CheckpointBlocks, EmulatorBlocks, Pretrained, load_emulator
@@ -61,7 +63,7 @@ class StreamedCorrection:
 
     def __init__(
         self,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, Trainable],
         base: Pretrained,
         emulator: str | os.PathLike,
         *,
@@ -70,11 +72,12 @@ class StreamedCorrection:
         kernels: Mapping[str, KernelSpec] | None = None,
         activations: int | None = None,
     ):
-        problems(adapters, base.params, load_emulator(emulator, base, abstract=True), None)
-        self._adapters, self._base = dict(adapters), base
+        lora = lora_alone(adapters, "A streamed correction")
+        problems(lora, base.params, load_emulator(emulator, base, abstract=True), None)
+        self._adapters, self._base = lora, base
         self._bound: Bound = bound
         self._source, self._emulator = CheckpointBlocks(base), EmulatorBlocks(emulator, base)
-        self._parts = {path: split_adapter(path, one) for path, one in adapters.items()}
+        self._parts = {path: split_adapter(path, one) for path, one in lora.items()}
         self._weights, self._kernels = weights, kernels
         self._activations = activations
 

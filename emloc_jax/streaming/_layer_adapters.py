@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from emloc_jax.adapters import Adapter, attach
+from emloc_jax.adapters import Adapter, Trainable, attach, lora_alone
 from emloc_jax.models import BlockSource
 
 __all__ = ["AdaptedBlocks", "block_adapters", "join_adapter", "split_adapter"]
@@ -51,12 +51,16 @@ class AdaptedBlocks:
       source: of the parameters.
       adapters: of the whole model, stacked or not.
 
+    Raises:
+      AdapterMismatchError: a parameter was trained whole.
+
     Attributes:
       num_blocks: L.
     """
 
-    def __init__(self, source: BlockSource, adapters: Mapping[str, Adapter]):
-        self._source, self._adapters = source, adapters
+    def __init__(self, source: BlockSource, adapters: Mapping[str, Trainable]):
+        self._source = source
+        self._adapters = lora_alone(adapters, "A model that is read a block at a time")
         self.num_blocks = source.num_blocks
 
     def outer(self) -> Any:

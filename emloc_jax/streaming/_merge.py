@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from emloc_jax.adapters import Adapter, attach, fitting_leaves
+from emloc_jax.adapters import Adapter, Trainable, attach, fitting_leaves, lora_alone
 from emloc_jax.checkpoints import (
     CheckpointBlocks,
     LazyLeaf,
@@ -28,7 +28,7 @@ __all__ = ["stream_merge"]
 def stream_merge(
     output: str | os.PathLike,
     base: Pretrained,
-    adapters: Mapping[str, Adapter] | None = None,
+    adapters: Mapping[str, Trainable] | None = None,
     *,
     dtype: Any = None,
     resume: bool = False,
@@ -52,10 +52,10 @@ def stream_merge(
 
     Raises:
       OutputExistsError, ResumeError: see `stream_emulator`.
-      AdapterMismatchError: an adapter fits no kernel.
+      AdapterMismatchError: an adapter fits no kernel, or a parameter was trained whole.
       CheckpointError, NonFiniteError: see `save_pretrained`; finished shards stay.
     """
-    adapters = {} if adapters is None else adapters
+    adapters = {} if adapters is None else lora_alone(adapters, "A streamed merge")
     fitting_leaves(base.params, adapters)  # refuses those that do not fit
     source = CheckpointBlocks(base)
     own = {part: one for path, a in adapters.items() for part, one in split_adapter(path, a)}

@@ -99,15 +99,19 @@ def make_optimizer(
 
 
 def decays(trainables: Any) -> Any:
-    """A tree of booleans: all decay but leaves named `scale` or `bias`.
+    """A tree of booleans: all decay but leaves named `scale` or `bias`, or inside of one.
 
     Names tell, since a stack of biases (one per scanned layer) has the rank of a matrix.
 
     Example:
         >>> decays({"dense": {"kernel": 1.0, "bias": 1.0}})
         {'dense': {'bias': False, 'kernel': True}}
+        >>> decays({"dense/bias": {"value": 1.0}})
+        {'dense/bias': {'value': False}}
     """
-    return jax.tree.map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias"),
-        trainables,
-    )
+
+    def decay(path: Any, _: Any) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return not {"scale", "bias"} & set(names)
+
+    return jax.tree.map_with_path(decay, trainables)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from emloc_jax.checkpoints import load_pretrained
+from emloc_jax.checkpoints import load_adapter, load_pretrained
 from emloc_jax.cli import main
 from emloc_jax.cli._task import Task, fit_task
 from emloc_jax.kernels import flatten_leaves
@@ -219,6 +220,94 @@ def test_pairs_of_glue_resume_to_the_same_bits(tmp_path, encoders, rte):
         np.testing.assert_array_equal(whole[name], resumed[name])
 
 
+def test_emloc_trains_the_head_whole_and_every_verb_takes_it(tmp_path, encoders, words_csv, capsys):
+    """On a BERT without a head; the adapter brings it, to torch `peft` too."""
+    run, base, out = tmp_path / "run", encoders / "bert", tmp_path
+    emulator = ["emulator.ratio=0.6", "emulator.where=['layers/.*','pooler']"]
+    extra = ["method=emloc", *emulator, "lora.rank=4", "lora.dropout=0.1", "train.accumulation=2"]
+    arguments = options(base, words_csv, *extra, "polish.steps=1", "polish.warmup=0")
+    assert main(["finetune", *arguments, f"output={run}"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "selects pooler/kernel of the classification head, which is never compressed" in said
+    zero, emulated, plain, corrected, polished = stages(run)
+    assert emulated["loss"] < zero["loss"] and polished["loss"] < zero["loss"]
+    assert not (run / "base").exists()
+    boxed = json.loads((run / "emulator" / "emulator_config.json").read_text())["ranks"]
+    assert len(boxed) == 6 and all(path.startswith("layers/") for path in boxed)
+
+    # The head is in the adapter, and what was pretrained of it, the pooler, is not.
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    found = load_pretrained(base, num_labels=2, tokenizer=False)
+    trained, done = (load_adapter(run / f"adapter{end}", found) for end in ("", "_corrected"))
+    assert (trained["classifier/bias"].value != 0).all()
+    for path in ("classifier/kernel", "classifier/bias"):
+        np.testing.assert_array_equal(trained[path].value, done[path].value)
+
+    texts = [("cat",), ("old drill",), ("old fox",)]
+    theirs, config = in_torch(run / "merged", "bert", texts)
+    assert config.id2label == {0: "animal", 1: "tool"}
+    np.testing.assert_allclose(ours(run / "merged", "bert", texts), theirs, atol=1e-4)
+    model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    model = peft.PeftModel.from_pretrained(model, run / "adapter_polished").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        served = [model(**inputs_of(tokenizer, "bert", text, "pt")).logits[0] for text in texts]
+    np.testing.assert_allclose(np.stack(served), theirs, atol=1e-4)
+
+    # Each stage by itself; the classes are named by the adapter, since the base cannot.
+    given = [f"model.source={base}", *(a for a in arguments if a.startswith("data."))]
+    both = [f"emulator={run}/emulator", f"adapter={run}/adapter"]
+    for number, (how, stage) in enumerate(
+        [(both[1:], plain), ([f"adapter={run}/adapter_corrected"], corrected), (both, emulated)]
+    ):
+        assert main(["eval", *given, *how, f"output={out}/eval{number}"]) == 0
+        assert stages(out / f"eval{number}")[0]["loss"] == pytest.approx(stage["loss"], rel=1e-4)
+    rows = [a for a in given if not a.startswith("data.test=")]
+    assert main(["emulate", *rows, *emulator, f"output={out}/emulator"]) == 0
+    same_tensors(run, out, "emulator/emulator.safetensors")
+    limit = json.loads((run / "report.json").read_text())["facts"]["correction limit"]
+    correct = [*both, f"correct.limit={limit}", f"output={out}/adapter_corrected"]
+    assert main(["correct", given[0], *correct]) == 0
+    same_tensors(run, out, "adapter_corrected/adapter_model.safetensors")
+    last = [given[0], f"adapter={run}/adapter_polished"]
+    assert main(["merge", *last, f"output={out}/merged"]) == 0
+    same_tensors(run, out, "merged/model.safetensors")
+    assert (out / "merged/config.json").read_text() == (run / "merged/config.json").read_text()
+    assert main(["export", *last, "format=peft", f"output={out}/adapter_polished"]) == 0
+    same_tensors(run, out, "adapter_polished/adapter_model.safetensors")
+
+
+def same_tensors(folder, other, file):
+    one, same = load_file(folder / file), load_file(other / file)
+    assert one.keys() == same.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+
+
+def test_lora_on_a_roberta_resumes_to_the_same_bits(tmp_path, encoders, words_csv):
+    """Its head has two layers and was not there."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    arguments = options(encoders / "roberta", words_csv, "method=lora", "lora.rank=4")
+    arguments += ["train.save_every=3", "lora.dropout=0.1", f"output={run}"]
+    assert main(["finetune", *arguments]) == 0
+    zero, tuned = stages(run)
+    assert tuned["loss"] < zero["loss"]
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {name for name in stored if "lora_" not in name} == {
+        f"base_model.model.classifier.{layer}.{part}"
+        for layer in ("dense", "out_proj")
+        for part in ("weight", "bias")
+    }
+    away.mkdir()
+    for name in ("adapter", "merged", "report.json"):  # as if killed after a checkpoint
+        (run / name).rename(away / name)
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    newest.rename(away / "checkpoint")
+    assert main(["finetune", "--resume", *arguments]) == 0
+    same_tensors(away, run, "adapter/adapter_model.safetensors")
+
+
 def test_full_training_on_scores_of_sts_b(tmp_path, encoders):
     rows = [
         {"sentence1": a, "sentence2": b, "label": 5.0 * (a == b)} for a in ANIMALS for b in ANIMALS
@@ -238,8 +327,18 @@ def test_full_training_on_scores_of_sts_b(tmp_path, encoders):
 @pytest.mark.parametrize(
     "extra, words",
     [
-        (["method=lora"], "adapters on encoders with a classification head are not supported yet"),
-        (["method=emloc", "emulator.ratio=0.5"], "method=full or method=lsp"),
+        (["method=lora", "stream=true"], "only language models of text"),
+        (["method=lora", "memory_budget=1GiB"], "plans are for language models"),
+        (["method=lora", "lora.where=['classifier']"], "is trained whole anyway"),
+        (
+            ["method=emloc", "emulator.ratio=0.5", "emulator.where=['pooler','classifier']"],
+            "selects the classification head alone",
+        ),
+        (
+            ["method=emloc", "emulator.ratio=0.5", "correct.weighted=true", "lora.where=['.*']"]
+            + ["lora.rank=2"],
+            "pooler/kernel in the head are not calibrated",
+        ),
         (["data.packing=true"], "data.packing"),
         (["data.chat=true"], "data.chat"),
         (["data.max_length=3"], "train.csv:10: the row has 4 tokens"),
@@ -295,4 +394,4 @@ def test_rows_and_models_that_do_not_belong_together(
     assert "does not name its classes" in refused("eval", *unnamed)
     bert = [f"model.source={encoders}/bert", f"data.test={words_csv}", columns]
     assert "no classification head to evaluate" in refused("eval", *bert)
-    assert "is a bert encoder" in refused("export", bert[0])
+    assert "is a bert encoder" in refused("generate", bert[0], "prompt=[cat]")

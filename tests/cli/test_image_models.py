@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emloc_jax.checkpoints import load_pretrained
 from emloc_jax.cli import main
-from tests.models.torch_vision import INTERN, TEXT, VISION
+from tests.models.torch_vision import INTERN, TEXT, VISION, torch_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -43,6 +43,10 @@ def folders(tmp_path_factory):
     config = transformers.ViTConfig(**VISION, initializer_range=0.2)
     transformers.ViTModel(config).save_pretrained(folder / "vit")
     (folder / "vit" / "preprocessor_config.json").write_text(settings("ViTImageProcessor", 12))
+
+    torch_model("siglip-both").save_pretrained(folder / "siglip")
+    text = settings("SiglipImageProcessor", 12)
+    (folder / "siglip" / "preprocessor_config.json").write_text(text)
 
     words = [*WORDS, *COLOURS, "assistant"]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
@@ -96,7 +100,8 @@ def options(model, rows, run, *extra):
 def test_an_image_classifier_from_a_folder_of_classes(tmp_path, folders, pictures):
     """A bare ViT gets a head; emulator, adapters on it and on the layers, correction, merge."""
     run, classes = tmp_path / "run", pictures / "classes"
-    given = options(folders / "vit", classes, run, "method=emloc", "emulator.ratio=0.6")
+    extra = ["method=emloc", "emulator.ratio=0.6", "correct.limit=1", "correct.weighted=true"]
+    given = options(folders / "vit", classes, run, *extra)
     assert main(["finetune", *given]) == 0
     zero, *_, tuned = stages(run)
     assert tuned["loss"] < zero["loss"] and tuned["scores"]["accuracy"] == 1.0
@@ -110,7 +115,7 @@ def test_an_image_classifier_from_a_folder_of_classes(tmp_path, folders, picture
     base = load_pretrained(run / "merged")
     ours = jax.jit(base.model.apply)({"params": base.params}, np.moveaxis(pixels.numpy(), 1, -1))
     served = peft.PeftModel.from_pretrained(
-        kind.from_pretrained(run / "base"), run / "adapter_corrected"
+        kind.from_pretrained(folders / "vit", num_labels=2), run / "adapter_corrected"
     )
     with torch.no_grad():
         for model in (merged, served):
@@ -118,16 +123,33 @@ def test_an_image_classifier_from_a_folder_of_classes(tmp_path, folders, picture
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
     assert (theirs.argmax(-1) == np.repeat([0, 1], 4)).all()
 
-    # Its base is evaluated with the adapter, and merged once more.
+    # The base without a head is evaluated with the adapter, and merged once more.
     adapter, out = f"adapter={run / 'adapter_corrected'}", tmp_path / "eval"
-    given = [f"model.source={run / 'base'}", f"data.test={classes}", f"output={out}", adapter]
+    given = [f"model.source={folders / 'vit'}", f"data.test={classes}", f"output={out}", adapter]
     assert main(["eval", *given]) == 0
     assert stages(out)[0]["loss"] == pytest.approx(tuned["loss"], rel=1e-4)
-    again = [f"model.source={run / 'base'}", adapter, f"output={tmp_path / 'again'}"]
+    again = [f"model.source={folders / 'vit'}", adapter, f"output={tmp_path / 'again'}"]
     assert main(["merge", *again]) == 0
     state = kind.from_pretrained(tmp_path / "again").state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_lora_on_a_siglip_trains_its_new_head_whole(tmp_path, folders, pictures):
+    """The adapter on the base without a head is the merged model, in torch."""
+    run, classes = tmp_path / "run", pictures / "classes"
+    given = options(folders / "siglip", classes, run, "method=lora", "train.steps=4")
+    assert main(["finetune", *given]) == 0
+    zero, tuned = stages(run)
+    assert tuned["loss"] < zero["loss"]
+    kind = transformers.SiglipForImageClassification
+    merged = kind.from_pretrained(run / "merged")
+    served = kind.from_pretrained(folders / "siglip", num_labels=2)
+    served = peft.PeftModel.from_pretrained(served, run / "adapter")
+    pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (model.eval()(pixel_values=pixels).logits for model in (merged, served))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_an_internvl_learns_from_images_with_text(tmp_path, folders, pictures):
@@ -179,8 +201,8 @@ def test_an_internvl_learns_from_images_with_text(tmp_path, folders, pictures):
         ("vit", "rows.jsonl", ["method=lora"], "take it as a classifier"),
         ("internvl", "classes", ["method=lora"], "rows have labels"),
         ("internvl", "rows.jsonl", ["method=lsp"], "method=emloc or lora"),
-        ("internvl", "rows.jsonl", ["method=lora", "stream=true"], "only models of text"),
-        ("vit", "classes", ["method=lora", "stream=true"], "only models of text"),
+        ("internvl", "rows.jsonl", ["method=lora", "stream=true"], "only language models of text"),
+        ("vit", "classes", ["method=lora", "stream=true"], "only language models of text"),
         ("internvl", "rows.jsonl", ["method=lora", "data.packing=true"], "neither packed nor cut"),
         (
             "internvl",
