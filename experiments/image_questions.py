@@ -58,6 +58,7 @@ CONFIG = InternVLConfig(
         image_size=(2 * CELL, 2 * CELL),
         patch_size=(4, 4),
         final_norm=False,
+        initializer_range=0.08,
     ),
     DecoderConfig(
         vocab_size=len(WORDS),
@@ -67,6 +68,7 @@ CONFIG = InternVLConfig(
         num_heads=4,
         num_kv_heads=2,
         head_dim=24,
+        initializer_range=0.08,
     ),
     image_token_id=NUMBER["<image>"],
 )
@@ -158,26 +160,18 @@ def batch_of(pictures, rows):
 
 
 class Stream:
-    """An endless stream of batches, each drawn from its own number; of all rows, or made anew."""
+    """An endless stream of batches, each drawn from its own number."""
 
-    def __init__(self, make, size, seed):
-        self.make, self.size, self.seed = make, size, seed
+    def __init__(self, pictures, rows, *, size, seed):
+        self.pictures, self.rows, self.size, self.seed = pictures, rows, size, seed
 
     def __iter__(self):
         number = 0
         while True:
-            yield batch_of(*self.make(self.size, [self.seed, number]))
+            rng = np.random.default_rng([self.seed, number])
+            picked = rng.integers(0, len(self.rows), self.size)
+            yield batch_of(self.pictures[picked], [self.rows[row] for row in picked])
             number += 1
-
-
-def chosen(pictures, rows):
-    """What draws rows of a fixed set."""
-
-    def make(size, seed):
-        picked = np.random.default_rng(seed).integers(0, len(rows), size)
-        return pictures[picked], [rows[row] for row in picked]
-
-    return make
 
 
 def pass_over(pictures, rows, size=64):
@@ -192,7 +186,7 @@ class QuestionStory(Story):
     def __init__(self, programs, params, seed):
         own = examples(320, [seed, 1], True)
         data = (
-            Stream(chosen(*own), 32, seed),
+            Stream(*own, size=32, seed=seed),
             pass_over(*own),
             pass_over(*examples(640, [seed, 2], True)),
         )
@@ -223,7 +217,7 @@ run_model = jax.jit(
 
 def base(args, model):
     """The model that is fine-tuned, from its file, or trained now and kept."""
-    stream = Stream(lambda size, seed: examples(size, seed, False), args.pretrain_batch, 99)
+    stream = Stream(*examples(args.pictures, 99, False), size=args.pretrain_batch, seed=99)
     inputs = [jnp.zeros((1, LENGTH), jnp.int32)] * 3
     pixels = jnp.zeros((1, 1, 2 * CELL, 2 * CELL, 3))
 
@@ -244,7 +238,8 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--where", nargs="+", default=PARTS, help="what is compressed")
     parser.add_argument("--pretrain-steps", type=int, default=3000)
-    parser.add_argument("--pretrain-batch", type=int, default=64)
+    parser.add_argument("--pretrain-batch", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=12000, help="of the pre-training")
     parser.add_argument("--pretrain-rate", type=float, default=1.5e-3)
     parser.add_argument("--steps", type=int, default=300, help="of LoRA")
     parser.add_argument("--rate", type=float, default=3e-3)
