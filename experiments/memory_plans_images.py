@@ -56,7 +56,7 @@ def plans_of(name, setting, target):
     found = {}
 
     def note(label, stage):
-        found.setdefault(label, {"device": stage.device, **stage.to_dict()})
+        found.setdefault(label, stage.to_dict())
 
     for stage in planner.plan(["inference", "lora"], setting).stages:
         note(stage.method, stage)
