@@ -10,7 +10,6 @@ from emloc_jax.checkpoints import load_pretrained, save_adapter
 from emloc_jax.cli import main
 from emloc_jax.kernels import find_kernels
 
-
 # One kernel is enough: programs of every other one are compiled in tests/memory.
 ONE = "layers/mlp/down_proj"
 ONE_KERNEL = [f"emulator.where=[{ONE}]", f"lora.where=[{ONE}]"]
