@@ -56,7 +56,8 @@ def plans_of(name, setting, target):
     found = {}
 
     def note(label, stage):
-        found.setdefault(label, stage.to_dict())
+        found[label] = stage.to_dict()
+        print(f"{name}, {label}: {format_bytes(stage.device)}", flush=True)
 
     for stage in planner.plan(["inference", "lora"], setting).stages:
         note(stage.method, stage)
