@@ -9,7 +9,7 @@ install jax-cuda12-plugin jax-cuda12-pjrt --no-deps, in JAX's version). Expect a
 two free cores for the CPU, twice that for a card. Weights of the large models are never needed:
 `configs/shapes` holds their sizes. `38b` is Qwen2.5-32B's widths with 75 layers in place of 64, so
 that it has 38 billion parameters; the paper's InternVL2.5-38B is Qwen2.5-32B with a vision tower
-of 6 billion, which this library does not run.
+of 6 billion: `memory_plans_images.py`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from emloc_jax.adapters import Adapter
-from emloc_jax.checkpoints._layers import scanned_path, unrolled_paths
+from emloc_jax.checkpoints._layers import depth_at, scanned_path, unrolled_paths
 from emloc_jax.errors import AdapterMismatchError
 
 __all__ = ["join_layers", "split_layers"]
@@ -54,7 +54,7 @@ def join_layers(adapters: Mapping[str, Adapter], depths: Mapping[str, int]) -> d
         if None in layers:
             joined[where] = layers[None]
             continue
-        every = range(depths[where.split("/")[0]])
+        every = range(depth_at(where, depths))
         if set(layers) != set(every):
             lacking = sorted(set(every) - {i for i in layers if i is not None})
             raise AdapterMismatchError(

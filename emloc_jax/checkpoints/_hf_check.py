@@ -44,8 +44,7 @@ def check_tensors(
     Raises:
       CheckpointError: missing or unexpected tensors, or wrong shapes; all are listed.
     """
-    vision = getattr(config, "vision", None)
-    layers = sum(layer_depths(config).values()) + (0 if vision is None else vision.num_layers)
+    layers = sum(layer_depths(config).values())
     if layers > len(source.tensors):  # before a list is made of what they would need
         raise CheckpointError(
             f"{where} has {len(source.tensors)} tensors, too few for the {layers} "

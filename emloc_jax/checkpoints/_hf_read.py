@@ -9,7 +9,7 @@ import numpy as np
 from emloc_jax.checkpoints._dtypes import NUMPY_DTYPES, WORDS, all_finite
 from emloc_jax.checkpoints._fresh_head import fresh_parameter
 from emloc_jax.checkpoints._hf_check import Stored, listed
-from emloc_jax.checkpoints._layers import scanned_path
+from emloc_jax.checkpoints._layers import depth_at, scanned_path
 from emloc_jax.checkpoints._source import WeightSource
 from emloc_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from emloc_jax.kernels import flatten_leaves
@@ -61,7 +61,7 @@ def parameter_shapes(
         # GGUF quantisations are dequantised to fp32.
         found = NUMPY_DTYPES.get(source.tensors[name].dtype, NUMPY_DTYPES["F32"])
         where, layer = scanned_path(path) if scan_layers else (path, None)
-        stack = () if layer is None else (depths[where.split("/")[0]],)
+        stack = () if layer is None else (depth_at(where, depths),)
         wanted = dtype or found
         if where in shapes:  # layers stored in different types share the widest
             wanted = np.promote_types(wanted, shapes[where].dtype)

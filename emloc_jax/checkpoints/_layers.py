@@ -10,11 +10,20 @@ import numpy as np
 
 from emloc_jax.kernels import flatten_leaves, materialize
 
-__all__ = ["LayerLeaf", "LazyLeaf", "is_scanned", "layer_leaves", "scanned_path", "unrolled_paths"]
+__all__ = [
+    "LayerLeaf",
+    "LazyLeaf",
+    "depth_at",
+    "is_scanned",
+    "layer_leaves",
+    "scanned_path",
+    "unrolled_paths",
+]
 
-# A model may have several kinds of layers, `double_layers` and `single_layers` say.
-_LAYER = re.compile(r"((?:\w+_)?layers)/(.+)")
-_UNROLLED = re.compile(r"((?:\w+_)?layers)/(\d+)/(.+)")
+# A model may have several kinds of layers: `double_layers` and `single_layers`, or `layers` and
+# `vision/layers` say.
+_LAYER = re.compile(r"((?:vision/)?(?:\w+_)?layers)/(.+)")
+_UNROLLED = re.compile(r"((?:vision/)?(?:\w+_)?layers)/(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +88,15 @@ def scanned_path(path: str) -> tuple[str, int | None]:
     """
     match = _UNROLLED.fullmatch(path)
     return (f"{match[1]}/{match[3]}", int(match[2])) if match else (path, None)
+
+
+def depth_at(path: str, depths: Mapping[str, int]) -> int:
+    """How many layers there are of the kind that a path in the scanned tree lies in.
+
+    >>> depth_at("vision/layers/mlp/output/kernel", {"vision/layers": 3, "layers": 5})
+    3
+    """
+    return next(depth for kind, depth in depths.items() if path.startswith(f"{kind}/"))
 
 
 def unrolled_paths(path: str, depth: int) -> list[tuple[str, int]]:

@@ -23,16 +23,17 @@ from emloc_jax.cli._session import Session
 from emloc_jax.errors import ConfigError
 from emloc_jax.kernels import flatten_leaves, select
 from emloc_jax.memory import AbstractModel, Budget, Plan, Planner, Setting, require_fits
-from emloc_jax.models import CausalModel, InternVL
+from emloc_jax.models import CausalModel, InternVLConfig
 
 __all__ = [
-    "batch_length",
+    "batch_shape",
     "check_budget",
     "correct_setting",
     "emulate_setting",
     "finetune_setting",
     "keep_budget",
     "merge_setting",
+    "tiles_of",
 ]
 
 
@@ -72,14 +73,13 @@ def check_budget(session: Session, budget: str | None) -> None:
     """Refuses a budget for a model that cannot be planned.
 
     Raises:
-      ConfigError: an encoder, or a model of images.
+      ConfigError: an encoder by itself.
     """
     base = session.base
-    planned = isinstance(base.model, CausalModel) and not isinstance(base.model, InternVL)
-    if budget is not None and not planned:
+    if budget is not None and not isinstance(base.model, CausalModel):
         raise ConfigError(
-            f"memory_budget={budget} was given, but plans are for language models of text and "
-            f"{base.source} is a {type(base.model).__name__}. Leave it out."
+            f"memory_budget={budget} was given, but plans of runs are for language models, with "
+            f"images or without, and {base.source} is a {type(base.model).__name__}. Leave it out."
         )
 
 
@@ -92,7 +92,7 @@ def finetune_setting(
     setting = Setting(
         batch_size=options.batch_size,
         accumulation=options.accumulation,
-        length=max(batch_length(data, config.data) for data in (train, test) if data is not None),
+        **_rows([data for data in (train, test) if data is not None], config.data, session),
         lora_where=tuple(lora.where),
         lora_rank=lora.rank,
         chunk=options.chunk,
@@ -118,7 +118,7 @@ def emulate_setting(
 ) -> tuple[list[str], Setting]:
     """The stages to plan and the setting of building an emulator."""
     setting = Setting(
-        length=batch_length(data, config.data),
+        **_rows([data], config.data, session),
         remat=config.model.remat,
         stream=stream,
         activations=parse_bytes(config.activations),
@@ -146,14 +146,16 @@ def correct_setting(
       stream: whether the original is read a block at a time.
     """
     ratios = _ratios(session, emulator)
-    shape = next((batch["tokens"].shape for batch in batches), (1, 8))
+    rows, length = next((batch["tokens"].shape for batch in batches), (1, 8))
+    length = max([batch["tokens"].shape[1] for batch in batches], default=length)
+    tiles = max([tiles_of(batch) for batch in batches], default=0)
     setting = Setting(
         ratio=max(ratios.values(), default=0.5),
         where=_exactly(ratios),
         lora_where=_exactly(adapters),
         lora_rank=_largest_rank(adapters),
-        length=max([batch["tokens"].shape[1] for batch in batches], default=shape[1]),
-        calibration_batch=shape[0],
+        **_row(length, tiles, session),
+        calibration_batch=rows,
         calibration_rows=max(1, sum(batch["tokens"].shape[0] for batch in batches)),
         remat=config.model.remat,
         stream=stream,
@@ -172,13 +174,32 @@ def merge_setting(adapters: Any, *, stream: bool) -> tuple[list[str], Setting]:
     return ["merge"], setting
 
 
-def batch_length(data: Dataset, options: DataOptions) -> int:
-    """Tokens per row of the widest batch."""
+def batch_shape(data: Dataset, options: DataOptions) -> tuple[int, int]:
+    """Tokens per row of the widest batch, and tiles of images."""
     if options.packing:
-        return options.max_length
+        return options.max_length, 0
     longest: Any = max(data.examples, key=lambda example: len(example.tokens))
     one = dataclasses.replace(data, examples=[longest])
-    return evaluation_batches(one, options, batch_size=1)[0]["tokens"].shape[1]
+    batch = evaluation_batches(one, options, batch_size=1)[0]
+    return batch["tokens"].shape[1], tiles_of(batch)
+
+
+def tiles_of(batch: Mapping[str, Any]) -> int:
+    """Tiles of every row of a batch; 0 where rows have no images."""
+    return batch["tiles"].shape[1] if "tiles" in batch else 0
+
+
+def _rows(splits: Sequence[Dataset], options: DataOptions, session: Session) -> dict[str, Any]:
+    """What a plan says of the rows of some splits."""
+    lengths, tiles = zip(*(batch_shape(data, options) for data in splits), strict=True)
+    return _row(max(lengths), max(tiles), session)
+
+
+def _row(length: int, tiles: int, session: Session) -> dict[str, Any]:
+    """`length` counts text alone; a batch may hold more tiles than its longest row has."""
+    config = session.base.config
+    images = tiles * config.tile_tokens if isinstance(config, InternVLConfig) else 0
+    return {"length": max(1, length - images), "tiles": tiles}
 
 
 def _emulated(setting: Setting, options: EmulatorOptions, session: Session, rows: int) -> Setting:

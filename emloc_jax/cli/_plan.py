@@ -12,6 +12,7 @@ from emloc_jax._files import check_new
 from emloc_jax.cli._console import results, say, status
 from emloc_jax.cli._plan_lsp import plan_lsp
 from emloc_jax.cli._plan_options import PlanConfig
+from emloc_jax.cli._plan_setting import plan_setting, planned_methods
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import packaged
 from emloc_jax.errors import ConfigError
@@ -27,7 +28,6 @@ from emloc_jax.memory import (
     check_figure,
     draw_plan,
     largest,
-    methods,
     require_fits,
     target_named,
 )
@@ -53,7 +53,7 @@ def run_plan(config: PlanConfig) -> None:
     if config.method == "lsp":
         plan_lsp(config)
         return
-    setting, target = _setting(config), target_named(config.target)
+    target = target_named(config.target)
     budget = _budget(config, target)
     abstract = abstract_model(
         packaged(config.source),
@@ -61,9 +61,8 @@ def run_plan(config: PlanConfig) -> None:
         compute_dtype=jnp.dtype(config.compute_dtype),
         name=config.source,
     )
+    setting, asked = plan_setting(config, abstract), planned_methods(config, abstract)
     planner = Planner(abstract, target)
-    asked = list(methods()) if config.method == "all" else ["inference", config.method]
-    asked = list(dict.fromkeys(asked))
     with status(f"Compiling the stages of {config.source}"):
         plan = planner.plan(asked, setting)
     _print(_table(plan, budget))
@@ -91,31 +90,6 @@ def _print(table: Table) -> None:
     results.width = width
 
 
-def _setting(config: PlanConfig) -> Setting:
-    return Setting(
-        batch_size=config.batch_size * config.accumulation,
-        length=config.length,
-        ratio=config.ratio,
-        where=tuple(config.where),
-        lora_where=tuple(config.lora_where),
-        lora_rank=config.lora_rank,
-        chunk=config.chunk,
-        remat=config.remat,
-        accumulation=config.accumulation,
-        calibration_rows=config.calibration_rows,
-        calibration_batch=config.calibration_batch,
-        gradients=config.weighting == "two_sided",
-        subspace=config.subspace,
-        nnz=config.nnz,
-        stream=config.stream,
-        block_inputs=config.block_inputs,
-        activations=None if config.activations is None else parse_bytes(config.activations),
-        choose_limit=config.choose_limit,
-        eval_rows=config.eval_rows,
-        eval_batch=config.eval_batch,
-    )
-
-
 def _budget(config: PlanConfig, target: Target) -> Budget:
     given = config.device_memory
     device = target.memory if given is None else parse_bytes(given)
@@ -133,8 +107,10 @@ def _search(
 ) -> dict[str, Setting | None]:
     """The largest value of each knob, all else as asked; the policy that computes least again."""
     method = "emloc" if config.method == "all" else config.method
-    knobs = ["ratio"] if method == "emloc" else []
-    knobs += ["batch_size", "length"] + ([] if method == "inference" else ["chunk"])
+    knobs = ["ratio"] if method in ("emloc", "emulator") else []
+    knobs += ["batch_size", "length"]
+    if method != "inference" and planner.abstract.kind.has_logits:
+        knobs.append("chunk")
     found = {knob: largest(planner, [method], setting, budget, knob) for knob in knobs}
     if method not in ("inference", "lsp"):
         found["remat"] = _fastest(planner, method, setting, budget)

@@ -14,6 +14,7 @@ from emloc_jax._bytes import format_bytes, parse_bytes
 from emloc_jax._files import check_new
 from emloc_jax.cli._console import results, status
 from emloc_jax.cli._plan_options import HardwareOptions, PlanConfig
+from emloc_jax.cli._plan_setting import require_text
 from emloc_jax.cli._run import write_json
 from emloc_jax.cli._session import packaged
 from emloc_jax.errors import ConfigError
@@ -73,7 +74,9 @@ def workload_of(config: PlanConfig) -> Workload:
     """
     if config.batch_size < 1 or config.length < 1:
         raise ConfigError("batch_size and length must be at least 1.")
-    model = abstract_model(packaged(config.source), name=config.source).model
+    abstract = abstract_model(packaged(config.source), name=config.source)
+    require_text(config, abstract)
+    model = abstract.model
     stack = block_stack(model)
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -27,10 +27,13 @@ class HardwareOptions:
 class PlanConfig:
     """Say what a run will take, and find settings that fit, without allocating anything."""
 
-    method: Literal["all", "inference", "lora", "streamed_lora", "full", "emloc", "lsp"] = option(
+    method: Literal[
+        "all", "inference", "lora", "streamed_lora", "full", "emulator", "emloc", "lsp"
+    ] = option(
         "all",
         "whose stages are planned, beside inference; streamed_lora: method=lora stream=true of "
-        "finetune; lsp: also its time on a machine, from the figures under hardware",
+        "finetune; emulator: training on an emulator that is read without its original; lsp: also "
+        "its time on a machine, from the figures under hardware",
     )
     source: str = option(
         MISSING,
@@ -47,13 +50,22 @@ class PlanConfig:
     dtype: Dtype = option("bfloat16", "dtype of the parameters")
     compute_dtype: Dtype = option("bfloat16", "dtype of activations and matrix products")
     batch_size: int = option(1, "rows per micro-batch")
-    length: int = option(1024, "tokens per row")
+    length: int = option(
+        1024, "tokens per row; InternVL: of text, beside those of tiles; FLUX: of a prompt"
+    )
+    tiles: int | None = option(None, "InternVL: tiles of images per row; null: rows have none")
+    height: int | None = option(None, "FLUX: of pictures, in pixels; a multiple of 16")
+    width: int | None = option(None, "FLUX: of pictures, in pixels; a multiple of 16")
     accumulation: int = option(1, "micro-batches per step")
     ratio: float = option(0.5, "of the emulator: kept parameters / original parameters")
-    where: list[str] = option(["layers/.*"], "regular expressions: kernels to compress")
+    where: list[str] | None = option(
+        None,
+        "regular expressions: kernels to compress; null: layers/.*, of an InternVL its language "
+        "model (its image encoder: vision/layers/.*), of FLUX (double|single)_layers/.*",
+    )
     lora_rank: int = option(8, "rank of the adapters")
-    lora_where: list[str] = option(["layers/.*"], "kernels that get an adapter")
-    chunk: int = option(256, "tokens whose logits live at once")
+    lora_where: list[str] | None = option(None, "kernels that get an adapter; null: see where")
+    chunk: int | None = option(None, "tokens whose logits live at once; null: 256")
     remat: Literal["none", "block", "dots"] = option(
         "block", "what the backward pass computes again, see model.remat of finetune"
     )
@@ -62,10 +74,10 @@ class PlanConfig:
     )
     calibration_rows: int = option(128, "training rows that calibrate")
     calibration_batch: int = option(1, "of them at a time")
-    stream: bool = option(
-        True,
+    stream: bool | None = option(
+        None,
         "emloc: every stage reads the original a block at a time; false: it stays on the device, "
-        "with the second moments",
+        "with the second moments; null: true, but false for models of images",
     )
     activations: str | None = option(
         "4GiB", "streamed: activations that may lie in host memory; null: no limit"

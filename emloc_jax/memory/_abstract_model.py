@@ -8,29 +8,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from emloc_jax.checkpoints import load_pretrained
-from emloc_jax.errors import CheckpointError, ConfigError
+from emloc_jax.errors import CheckpointError
 from emloc_jax.kernels import KernelSpec, find_kernels
-from emloc_jax.models import CausalModel, InternVL, model_from_hf
+from emloc_jax.memory._image_kinds import kind_of
+from emloc_jax.memory._model_kind import TextKind
+from emloc_jax.models import model_from_hf
 
 __all__ = ["AbstractModel", "abstract_model"]
 
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-    """A language model of which only shapes are known.
+    """A model of which only shapes are known.
 
     Attributes:
       name: where it came from, for messages.
-      model: the module, with scanned layers.
+      model: the module, with scanned layers: a language model, an InternVL or a FLUX.
       params: a tree of `jax.ShapeDtypeStruct`.
       kernels: what `find_kernels` found.
     """
 
     name: str
-    model: CausalModel
+    model: Any
     params: Any
     kernels: dict[str, KernelSpec]
 
@@ -38,6 +39,15 @@ class AbstractModel:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def kind(self) -> TextKind:
+        """What it reads, and what a run computes of it.
+
+        Raises:
+          ConfigError: a model that cannot be planned.
+        """
+        return kind_of(self.model, self.name)
 
 
 def abstract_model(
@@ -58,7 +68,7 @@ def abstract_model(
 
     Raises:
       CheckpointError: the file is not JSON, or the source cannot be read.
-      ConfigError: it is no language model.
+      ConfigError: it is no language model, InternVL or FLUX.
       UnsupportedArchitectureError: a family that is not implemented.
 
     Example:
@@ -82,15 +92,11 @@ def abstract_model(
         model, params = found.model, found.params
     else:
         model, params = model_from_hf(config, param_dtype=jnp.dtype(dtype), **options), None
-    if not isinstance(model, CausalModel) or isinstance(model, InternVL):
-        raise ConfigError(
-            f"{label} is a {type(model).__name__}; plans are for language models of text."
-        )
-    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    inputs = kind_of(model, label).inputs()
     if params is None:
-        params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        params = jax.eval_shape(model.init, jax.random.key(0), **inputs)["params"]
     params = jax.eval_shape(lambda tree: tree, params)
-    return AbstractModel(label, model, params, find_kernels(model.apply, params, tokens))
+    return AbstractModel(label, model, params, find_kernels(model.apply, params, **inputs))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

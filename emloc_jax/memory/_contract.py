@@ -28,6 +28,12 @@ _ADVICE = {
     "in flight, at most": "a smaller subspace",
 }
 
+# Of models that are not read a block at a time.
+_HELD_WHOLE = {
+    "parameters": "a smaller model, or of its emulator's training alone a lower ratio",
+    "original": "a smaller model, or training where only the emulator is read (method=emulator)",
+}
+
 
 def require_fits(
     planner: Planner, methods: Sequence[str], setting: Setting, budget: Budget
@@ -45,12 +51,12 @@ def require_fits(
     if found is not None:
         advice = f"The nearest setting that fits: {found}{_moved(setting, found)}."
     else:
-        least = planner.plan(methods, smallest(setting, methods))
+        least = planner.plan(methods, smallest(planner, methods, setting))
         stage, part = least.obstacle, _largest_part(least)
         advice = (
             f"No setting fits: the least possible is {_needs(least, budget)} ({least.setting}), in "
             f"stage '{stage.name}' of {stage.method}, mostly {part}. What would have to give: "
-            f"{_ADVICE.get(part, 'the budget')}."
+            f"{_advice(planner).get(part, 'the budget')}."
         )
     stage = plan.obstacle
     raise PlanError(
@@ -69,13 +75,13 @@ def nearest(
     slower), smaller micro-batches (the same numbers up to rounding), a lower ratio where an
     emulator is planned, fewer rows, shorter rows.
     """
-    if not planner.plan(methods, smallest(setting, methods)).fits(budget):
+    if not planner.plan(methods, smallest(planner, methods, setting)).fits(budget):
         return None
-    for candidate in _equivalent(setting, _fields(methods)):
+    for candidate in _equivalent(setting, _fields(planner, methods)):
         setting = candidate
         if planner.plan(methods, setting).fits(budget):
             return setting
-    for knob in _knobs(methods):
+    for knob in _knobs(planner, methods):
         most = setting.micro_batch if knob == "batch_size" else setting.length
         found = largest(planner, methods, setting, budget, knob, most=most)
         if found is not None:
@@ -84,23 +90,31 @@ def nearest(
     return None
 
 
-def _fields(methods: Sequence[str]) -> set[str]:
-    """Fields of a setting that the stages of some methods look at."""
+def _fields(planner: Planner, methods: Sequence[str]) -> set[str]:
+    """Fields of a setting that make a difference to some methods on the planner's model."""
     makers = [maker for method in methods for maker in stages_of(method)]
-    return {field for maker in makers for field in getattr(maker, "fields", ())}
+    kind = planner.abstract.kind
+    fields = {"chunk", *(field for maker in makers for field in getattr(maker, "fields", ()))}
+    without = set() if kind.streams else {"stream"}
+    return fields - without - (set() if kind.has_logits else {"chunk"})
 
 
-def _knobs(methods: Sequence[str]) -> list[str]:
+def _knobs(planner: Planner, methods: Sequence[str]) -> list[str]:
     """What can be turned down at a price, the cheapest first."""
-    return [*(["ratio"] if "ratio" in _fields(methods) else []), "batch_size", "length"]
+    ratio = ["ratio"] if "ratio" in _fields(planner, methods) else []
+    return [*ratio, "batch_size", "length"]
 
 
-def smallest(setting: Setting, methods: Sequence[str]) -> Setting:
+def smallest(planner: Planner, methods: Sequence[str], setting: Setting) -> Setting:
     """The setting that takes the least of all that `nearest` can propose."""
-    *_, setting = _equivalent(setting, _fields(methods))
+    *_, setting = [setting, *_equivalent(setting, _fields(planner, methods))]
     for knob in ("ratio", "batch_size", "length"):
         setting = _lowest(setting, knob)
     return setting
+
+
+def _advice(planner: Planner) -> dict[str, str]:
+    return _ADVICE if planner.abstract.kind.streams else _ADVICE | _HELD_WHOLE
 
 
 def _equivalent(setting: Setting, fields: set[str]) -> Iterator[Setting]:
@@ -116,8 +130,9 @@ def _equivalent(setting: Setting, fields: set[str]) -> Iterator[Setting]:
     if "block_inputs" in fields and setting.block_inputs == "device":
         setting = setting.replace(block_inputs="host")
         yield setting
-    setting = setting.replace(chunk=min(setting.chunk, _SMALL_CHUNK))
-    yield setting
+    if "chunk" in fields:
+        setting = setting.replace(chunk=min(setting.chunk, _SMALL_CHUNK))
+        yield setting
     policies: tuple[Policy, ...] = ("none", "dots", "block")  # the one that keeps least last
     for policy in policies[policies.index(setting.remat) + 1 :]:
         setting = setting.replace(remat=policy)

@@ -7,7 +7,7 @@ from emloc_jax.memory._abstract_emulator import abstract_emulator
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
 from emloc_jax.memory._evaluation_stages import EVALUATION, whole_evaluation
-from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._setting import ROW, Setting
 from emloc_jax.memory._stage import Stage, tree_bytes
 from emloc_jax.memory._streamed_lora import streamed_lora_training
 from emloc_jax.memory._streamed_stages import (
@@ -30,6 +30,7 @@ from emloc_jax.memory._whole_stages import (
 __all__ = [
     "calibration",
     "correction",
+    "emulator_alone",
     "emulator_training",
     "evaluation",
     "factorization",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _CALIBRATION = (
-    *("stream", "length", "chunk", "remat", "where", "gradients", "moments", "weighted"),
+    *("stream", *ROW, "chunk", "remat", "where", "gradients", "moments", "weighted"),
     *("calibration_rows", "calibration_batch", "activations"),
 )
 _LORA = ("lora_where", "lora_rank")
@@ -73,6 +74,13 @@ def emulator_training(abstract: AbstractModel, setting: Setting, target: Target)
         resident = kept | {"original": tree_bytes(abstract.params) - shared}
     frozen = abstract_emulator(abstract, setting)
     yield from frozen_training("train", "emloc", abstract, frozen, setting, target, resident)
+
+
+@depends_on(*LORA_FIELDS, "ratio", "where")
+def emulator_alone(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
+    """LoRA on an emulator that was read from its folder, the original nowhere."""
+    frozen = abstract_emulator(abstract, setting)
+    yield from frozen_training("train", "emulator", abstract, frozen, setting, target)
 
 
 @depends_on(*_CALIBRATION, *_LORA, "ratio", "choose_limit")

@@ -11,14 +11,14 @@ from emloc_jax.adapters import attach
 from emloc_jax.memory._abstract_emulator import abstract_adapters, abstract_emulator
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
-from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._setting import ROW, Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
 from emloc_jax.memory._whole_stages import kept_with_emulator, session_loss
 
 __all__ = ["EVALUATION", "full_evaluation", "lora_evaluation", "whole_evaluation"]
 
-EVALUATION = ("length", "chunk", "remat", "eval_rows", "eval_batch")
+EVALUATION = (*ROW, "chunk", "remat", "eval_rows", "eval_batch")
 
 
 def whole_evaluation(abstract: AbstractModel, setting: Setting, target: Target) -> Iterator[Stage]:
@@ -62,5 +62,5 @@ def _loss(
     _, loss = session_loss(abstract, setting)
     with target.lowering():
         run = jax.jit(loss, compiler_options=loop_options())
-        lowered = run.lower(params, setting.batch(setting.eval_batch))
+        lowered = run.lower(params, abstract.kind.batch(setting, setting.eval_batch))
     return Program(lowered, {"parameters": tree_bytes(params) - shared}, shared)

@@ -7,6 +7,7 @@ from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._emloc_stages import (
     calibration,
     correction,
+    emulator_alone,
     emulator_training,
     evaluation,
     factorization,
@@ -47,8 +48,9 @@ _METHODS: dict[str, tuple[StageMaker, ...]] = {
     ),
 }
 
-# Commands that are a part of a run; they can be planned, but are no method.
+# Parts of a run; they can be planned, but are no method.
 _PARTS: dict[str, tuple[StageMaker, ...]] = {
+    "emulator": (emulator_alone,),
     "emulate": (calibration, factorization),
     "correct": (correction,),
     "merge": (single_merging,),
@@ -72,7 +74,7 @@ def register_method(name: str, makers: Sequence[StageMaker]) -> None:
 
 
 def stages_of(method: str) -> tuple[StageMaker, ...]:
-    """What makes the stages of a method, or of a command that is a part of one.
+    """What makes the stages of a method, or of a part of one.
 
     Raises:
       ConfigError: an unknown method.

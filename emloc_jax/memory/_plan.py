@@ -122,9 +122,10 @@ class Planner:
         """Figures of every stage of some methods.
 
         Raises:
-          ConfigError: an unknown method.
+          ConfigError: an unknown method, or rows that the model does not read.
           EmlocError: a setting that does not fit the model.
         """
+        self.abstract.kind.check(setting)
         makers = [maker for method in methods for maker in stages_of(method)]
         stages = [stage for maker in makers for stage in self.stages(maker, setting)]
         return Plan(self.abstract.name, self.target.name, setting, tuple(stages))

@@ -101,16 +101,17 @@ def largest(
 
 def _limit(planner: Planner, setting: Setting, knob: str, most: int | None) -> int:
     """The last position of a knob that makes a difference."""
+    kind = planner.abstract.kind
     match knob:
         case "ratio":
             return 99
         case "chunk":
-            tokens = setting.micro_batch * setting.length
+            tokens = setting.micro_batch * (setting.length + kind.image_tokens(setting))
             return 1 + next((i for i, c in enumerate(_CHUNKS) if c >= tokens), len(_CHUNKS) - 1)
         case "batch_size":
             return _MOST if most is None else most
         case _:
-            known = getattr(planner.abstract.model.config, "max_position_embeddings", None)
+            known = kind.most_text(setting)
             ends = [size for size in (most, known, _MOST) if size is not None]
             return max(1, min(ends) // _TOKENS)
 

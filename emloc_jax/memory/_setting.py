@@ -9,7 +9,9 @@ import numpy as np
 from emloc_jax.emulator import MomentForm
 from emloc_jax.errors import ConfigError
 
-__all__ = ["Policy", "Setting"]
+__all__ = ["ROW", "Policy", "Setting"]
+
+ROW = ("length", "tiles", "latents")  # fields that say what a row holds
 
 Policy = Literal["none", "block", "dots"]
 
@@ -22,7 +24,9 @@ class Setting:
 
     Attributes:
       batch_size: rows per training step, and per batch of inference.
-      length: tokens per row.
+      length: tokens per row; of an InternVL those of text alone, of FLUX those of a prompt.
+      tiles: of images, per row of an InternVL.
+      latents: tokens of a picture of FLUX: (height / 16) · (width / 16).
       ratio: of the emulator: kept parameters of every compressed kernel / original ones.
       where: regular expressions of the kernels to compress.
       lora_where: of the kernels that get an adapter.
@@ -56,6 +60,8 @@ class Setting:
 
     batch_size: int = 1
     length: int = 1024
+    tiles: int = 0
+    latents: int = 0
     ratio: float = 0.5
     where: tuple[str, ...] = ("layers/.*",)
     lora_where: tuple[str, ...] = ("layers/.*",)
@@ -82,6 +88,10 @@ class Setting:
         for name in ("batch_size", "length", "lora_rank", "chunk", "accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.tiles < 0 or self.latents < 0:
+            raise ConfigError(
+                f"tiles is {self.tiles} and latents {self.latents}; neither can be negative."
+            )
         if self.calibration_rows < 1 or self.calibration_batch < 1:
             raise ConfigError("Calibration takes at least one row, and one at a time.")
         if self.remat not in get_args(Policy):
@@ -111,7 +121,7 @@ class Setting:
         return self.batch_size // self.accumulation
 
     def batch(self, rows: int | None = None) -> dict[str, Any]:
-        """Shapes of a batch, as `pad_examples` makes it.
+        """Shapes of a batch of text, as `pad_examples` makes it.
 
         Example:
           >>> Setting(batch_size=2, length=8).batch()["tokens"].shape
@@ -132,7 +142,10 @@ class Setting:
         parts = "" if self.accumulation == 1 else f" in {self.accumulation} micro-batches"
         stream = "" if self.stream else ", stream=false"
         inputs = "" if self.block_inputs == "device" else f", block_inputs={self.block_inputs}"
+        tiles = f" and tiles={self.tiles}" if self.tiles else ""
+        latents = f" and latents={self.latents}" if self.latents else ""
+        chunk = "" if self.latents else f"chunk={self.chunk}, "
         return (
-            f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{parts}, "
-            f"chunk={self.chunk}, remat={self.remat}{stream}{inputs}"
+            f"ratio={self.ratio:g}, {self.batch_size} rows of length={self.length}{tiles}{latents}"
+            f"{parts}, {chunk}remat={self.remat}{stream}{inputs}"
         )

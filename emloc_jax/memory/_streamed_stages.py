@@ -19,6 +19,7 @@ from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._setting import Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
+from emloc_jax.models import layer_depths
 from emloc_jax.streaming import (
     BlockShapes,
     LayerKernels,
@@ -163,11 +164,13 @@ def streamed_evaluation(
 
 def tensor_written(abstract: AbstractModel) -> Program:
     """The writing of the largest tensor, one layer of a stack: as it is, and as it is stored."""
-    inside, outside = abstract.params["layers"], dict(abstract.params)
-    del outside["layers"]
-    count = abstract.model.config.num_layers
-    sizes = [tree_bytes(leaf) // count for leaf in jax.tree.leaves(inside)]
-    largest = max([*sizes, *(tree_bytes(leaf) for leaf in jax.tree.leaves(outside))])
+    depths = layer_depths(abstract.model.config)
+    sizes = [
+        tree_bytes(leaf)
+        // next((n for kind, n in depths.items() if path.startswith(kind + "/")), 1)
+        for path, leaf in flatten_leaves(abstract.params).items()
+    ]
+    largest = max(sizes)
     return Program(ProgramMemory(0, 0, 0, 0), host={"tensor as written": 2 * largest})
 
 

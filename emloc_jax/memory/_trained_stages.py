@@ -12,12 +12,11 @@ from emloc_jax.kernels import intercept
 from emloc_jax.memory._abstract_emulator import abstract_adapters
 from emloc_jax.memory._abstract_model import AbstractModel
 from emloc_jax.memory._depends import depends_on
-from emloc_jax.memory._setting import Setting
+from emloc_jax.memory._setting import ROW, Setting
 from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._target import Target
 from emloc_jax.training import (
     init_state,
-    make_loss,
     make_optimizer,
     make_schedule,
     make_train_step,
@@ -25,7 +24,7 @@ from emloc_jax.training import (
 
 __all__ = ["LORA_FIELDS", "frozen_training", "full_training", "inference", "lora_training"]
 
-_BATCH = ("batch_size", "length", "accumulation")
+_BATCH = ("batch_size", *ROW, "accumulation")
 _STEP = (*_BATCH, "chunk", "remat")
 LORA_FIELDS = (*_STEP, "lora_where", "lora_rank")
 
@@ -35,16 +34,17 @@ def inference(abstract: AbstractModel, setting: Setting, target: Target) -> Iter
     """Running the original: a pass over a batch, and the logits of the last token of each row.
 
     That is what the first token of every answer takes, and what other stages are compared with, at
-    the rows of a micro-batch. The cache of longer answers comes on top.
+    the rows of a micro-batch. The cache of longer answers comes on top. Of FLUX it is the velocity
+    at one time.
     """
+    kind = abstract.kind
     with target.compiling():
         apply = intercept(abstract.model.apply)
 
         def infer(params: Any, batch: Any) -> jax.Array:
-            hidden = apply({"params": params}, batch["tokens"], method="hidden")
-            return apply({"params": params}, hidden[:, -1], method="logits")
+            return kind.inference(apply, params, batch)
 
-        batch = {"tokens": setting.batch(setting.micro_batch)["tokens"]}
+        batch = kind.inference_batch(setting, setting.micro_batch)
         program = jax.jit(infer, compiler_options=loop_options())
         lowered = target.lower(program, abstract.params, batch)
     arguments = {"parameters": tree_bytes(abstract.params)}
@@ -104,7 +104,7 @@ def _step(
     tx = make_optimizer(schedule)
     extra: dict[str, Any] = {} if combine is None else {"combine": combine}
     step: Any = make_train_step(
-        make_loss(apply, chunk=setting.chunk),
+        abstract.kind.loss(apply, setting.chunk),
         tx,
         accumulation=setting.accumulation,
         schedule=schedule,
@@ -116,4 +116,5 @@ def _step(
         "trainables": tree_bytes(state.trainables),
         "optimizer": tree_bytes(state.opt_state),
     }
-    return Program(target.lower(step, state, frozen, setting.batch()), arguments)
+    batch = abstract.kind.batch(setting, setting.batch_size)
+    return Program(target.lower(step, state, frozen, batch), arguments)

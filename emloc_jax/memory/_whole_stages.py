@@ -26,7 +26,6 @@ from emloc_jax.memory._stage import Program, Stage, tree_bytes
 from emloc_jax.memory._streamed_stages import tensor_written
 from emloc_jax.memory._target import Target
 from emloc_jax.streaming import correction_programs, merge_programs, trial_bytes
-from emloc_jax.training import make_loss
 
 __all__ = [
     "kept_with_emulator",
@@ -44,23 +43,18 @@ def whole_calibration(abstract: AbstractModel, setting: Setting, target: Target)
     sums = jax.eval_shape(taps.zeros)
     apply, loss = session_loss(abstract, setting)
 
-    def hidden(variables: Any, batch: Any) -> jax.Array:
-        return apply(
-            variables,
-            batch["tokens"],
-            positions=batch["positions"],
-            segments=batch["segments"],
-            method="hidden",
-        )
+    kind = abstract.kind
+
+    def forward(variables: Any, batch: Any) -> Any:
+        return kind.forward(apply, variables, batch)
 
     def total(variables: Any, batch: Any) -> jax.Array:
         return loss(variables["params"], batch)[0]
 
     with target.lowering():
-        run: Any = calibration_step(
-            total if setting.gradients else hidden, taps, mask=lambda batch: batch["segments"] > 0
-        )
-        lowered = run.lower(abstract.params, sums, setting.batch(setting.calibration_batch))
+        run: Any = calibration_step(total if setting.gradients else forward, taps, mask=kind.mask)
+        batch = kind.batch(setting, setting.calibration_batch)
+        lowered = run.lower(abstract.params, sums, batch)
     arguments = {"parameters": tree_bytes(abstract.params), "moments": tree_bytes(sums)}
     yield Stage("calibrate", "emloc", {"step": Program(lowered, arguments)})
 
@@ -102,7 +96,7 @@ def whole_correction(abstract: AbstractModel, setting: Setting, target: Target) 
     if setting.choose_limit:
         _, loss = session_loss(abstract, setting)
         with target.lowering():
-            batch = setting.batch(setting.calibration_batch)
+            batch = abstract.kind.batch(setting, setting.calibration_batch)
             lowered = trial_loss(loss).lower(abstract.params, adapters, batch)
         shared = tree_bytes((abstract.params, adapters))
         program = Program(lowered, shared=shared, beside=trial_bytes(adapters))
@@ -185,7 +179,7 @@ def _one_layer(tree: Any, spec: KernelSpec) -> Any:
 def session_loss(abstract: AbstractModel, setting: Setting) -> tuple[Any, Any]:
     """The intercepted model and its loss, as a run uses them in all stages."""
     apply = intercept(abstract.model.clone(remat=setting.remat).apply)
-    return apply, make_loss(apply, chunk=setting.chunk)
+    return apply, abstract.kind.loss(apply, setting.chunk)
 
 
 def _taps(abstract: AbstractModel, setting: Setting) -> Taps:

@@ -21,8 +21,8 @@ __all__ = ["InternVL"]
 class InternVL(Decoder):
     """InternVL (Chen et al. 2024, arXiv 2404.16821; 2504.10479 for version 3), as in transformers.
 
-    The parameter tree is a ``Decoder``'s with two parts more; ``scan_layers`` scans the decoder's
-    blocks, and those of the image encoder are unrolled whatever it is::
+    The parameter tree is a ``Decoder``'s with two parts more; ``scan_layers`` scans the blocks of
+    the decoder and those of the image encoder::
 
         vision/...            a ``VisionEncoder``
         projector/norm/{scale, bias}
@@ -66,7 +66,11 @@ class InternVL(Decoder):
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         how = self.attention_implementation
         self.vision = VisionEncoder(
-            c.vision, remat=self.remat, attention_implementation=how, **dtypes
+            c.vision,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention_implementation=how,
+            **dtypes,
         )
         self.projector = Projector(
             c.hidden_size, c.projector_hidden_act, c.initializer_range, **dtypes

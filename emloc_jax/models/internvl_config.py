@@ -39,8 +39,8 @@ class InternVLConfig:
         >>> text = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
         ...                      num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
         >>> config = InternVLConfig(vision, text, image_token_id=31)
-        >>> config.tile_tokens, config.num_layers
-        (4, 2)
+        >>> config.tile_tokens, config.layer_depths
+        (4, {'vision/layers': 1, 'layers': 2})
         >>> InternVLConfig.from_hf(config.to_hf()) == config
         True
     """
@@ -100,6 +100,11 @@ class InternVLConfig:
     def num_layers(self) -> int:
         """Of the decoder."""
         return self.text.num_layers
+
+    @property
+    def layer_depths(self) -> dict[str, int]:
+        """Blocks of both parts, by their place in the parameter tree."""
+        return {"vision/layers": self.vision.num_layers, "layers": self.text.num_layers}
 
     @property
     def num_kv_heads(self) -> int:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from emloc_jax.errors import ConfigError
+from emloc_jax.kernels import get_leaf, set_leaves
 
 __all__ = ["layer_depths", "stack_layers", "unstack_layers"]
 
 
 def layer_depths(config: Any) -> dict[str, int]:
-    """How many layers of each kind a model has, by the name that its tree has for them.
+    """How many layers of each kind a model has, by their place in its parameter tree.
 
     Args:
         config: of any model here.
@@ -53,22 +54,25 @@ def stack_layers(params: Mapping[str, Any], num_layers: int | Mapping[str, int])
         >>> stack_layers(params, 2)["layers"]["scale"].shape
         (2, 4)
     """
-    stacked = {kind: _stacked(params, kind, depth) for kind, depth in _depths(num_layers).items()}
-    return {**params, **stacked}
+    depths = _depths(num_layers)
+    return set_leaves(
+        params,
+        {kind: _stacked(get_leaf(params, kind), kind, depth) for kind, depth in depths.items()},
+    )
 
 
 def _depths(num_layers: int | Mapping[str, int]) -> Mapping[str, int]:
     return num_layers if isinstance(num_layers, Mapping) else {"layers": num_layers}
 
 
-def _stacked(params: Mapping[str, Any], kind: str, depth: int) -> Any:
+def _stacked(unrolled: Mapping[str, Any], kind: str, depth: int) -> Any:
     names = [str(index) for index in range(depth)]
-    if set(params[kind]) != set(names):
+    if set(unrolled) != set(names):
         raise ConfigError(
             f"Unrolled {kind} 0 to {depth - 1} were asked to be stacked, but the parameters "
-            f"hold layers {sorted(params[kind])}. Pass the num_layers of their config."
+            f"hold layers {sorted(unrolled)}. Pass the num_layers of their config."
         )
-    layers = [params[kind][name] for name in names]
+    layers = [unrolled[name] for name in names]
     for name, layer in zip(names, layers, strict=True):
         _require_same(layers[0], layer, name)
     return jax.tree.map(_stack, *layers)
@@ -95,12 +99,15 @@ def unstack_layers(
         >>> unstack_layers({"layers": {"scale": np.ones((2, 4))}}, 2)["layers"]["1"]["scale"].shape
         (4,)
     """
-    split = {kind: _unstacked(params, kind, depth) for kind, depth in _depths(num_layers).items()}
-    return {**params, **split}
+    depths = _depths(num_layers)
+    return set_leaves(
+        params,
+        {kind: _unstacked(get_leaf(params, kind), kind, depth) for kind, depth in depths.items()},
+    )
 
 
-def _unstacked(params: Mapping[str, Any], kind: str, depth: int) -> dict[str, Any]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params[kind]):
+def _unstacked(scanned: Any, kind: str, depth: int) -> dict[str, Any]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(scanned):
         if leaf.shape[:1] != (depth,):
             raise ConfigError(
                 f"{depth} scanned layers were asked to be unrolled, but "
@@ -108,7 +115,7 @@ def _unstacked(params: Mapping[str, Any], kind: str, depth: int) -> dict[str, An
                 "parameters and the num_layers of their config."
             )
     return {
-        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], params[kind])
+        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], scanned)
         for index in range(depth)
     }
 

@@ -10,6 +10,10 @@ from emloc_jax.checkpoints import load_pretrained, save_adapter
 from emloc_jax.cli import main
 from emloc_jax.kernels import find_kernels
 
+# One kernel is enough: programs of every other one are compiled in tests/memory.
+ONE = "layers/mlp/down_proj"
+ONE_KERNEL = [f"emulator.where=[{ONE}]", f"lora.where=[{ONE}]"]
+
 
 def message(capsys):
     return " ".join(capsys.readouterr().err.split())
@@ -22,7 +26,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_least_possible(
     tmp_path, common, capsys, method, stream
 ):
     asked = [f"method={method}", f"stream={stream}", f"output={tmp_path / 'run'}"]
-    assert main(["finetune", *common, *asked, "memory_budget=4KiB"]) == 2
+    assert main(["finetune", *common, *ONE_KERNEL, *asked, "memory_budget=4KiB"]) == 2
     assert "No setting fits: the least possible is" in message(capsys)
     assert not (tmp_path / "run").exists()
 
@@ -37,7 +41,7 @@ def test_a_run_that_does_not_fit_is_refused_with_one_that_does(tmp_path, common,
 def test_a_run_that_fits_goes_on_and_its_step_is_within_the_plan(tmp_path, common):
     run = tmp_path / "run"
     options = ["polish.steps=2", "eval.scores=[]", "eval.rows=2", "stream=false"]
-    options += ["memory_budget=64MiB", "correct.limit=1", "polish.warmup=0"]
+    options += ["memory_budget=64MiB", "correct.limit=1", "polish.warmup=0", *ONE_KERNEL]
     assert main(["finetune", *common, *options, f"output={run}"]) == 0
     facts = json.loads((run / "report.json").read_text())["facts"]
     assert 0 < facts["training step_bytes"] < 64 * 2**20
@@ -58,7 +62,7 @@ def test_budgets_that_cannot_be(tmp_path, common, capsys, options, said):
 
 def test_single_stages_keep_a_budget(tmp_path, model_folder, rows_file, capsys):
     model, data = f"model.source={model_folder}", f"data.train={rows_file}"
-    small = ["emulator.ratio=0.5", "emulator.calibration_rows=8"]
+    small = ["emulator.ratio=0.5", "emulator.calibration_rows=8", f"emulator.where=[{ONE}]"]
 
     def emulate(*more):
         return main(["emulate", model, data, *small, f"output={tmp_path / 'emulator'}", *more])
@@ -71,7 +75,7 @@ def test_single_stages_keep_a_budget(tmp_path, model_folder, rows_file, capsys):
     base = load_pretrained(model_folder, scan_layers=True)
     found = find_kernels(base.model.apply, base.params, jax.numpy.zeros((1, 8), int))
     kernels = {path: spec for path, spec in found.items() if not spec.tied}
-    adapters = init_adapters(jax.random.key(0), kernels, where="layers/.*", rank=2, alpha=4)
+    adapters = init_adapters(jax.random.key(0), kernels, where=ONE, rank=2, alpha=4)
     save_adapter(tmp_path / "adapter", adapters, base=base)
     given = [model, f"adapter={tmp_path / 'adapter'}"]
     correct = ["correct", *given, f"emulator={tmp_path / 'emulator'}", data, "calibration.rows=8"]

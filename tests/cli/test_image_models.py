@@ -207,9 +207,10 @@ def test_an_internvl_learns_from_images_with_text(tmp_path, folders, pictures):
         (
             "internvl",
             "rows.jsonl",
-            ["method=lora", "memory_budget=1GiB", "eval.scores=[]"],
-            "language models of text",
+            ["method=lora", "memory_budget=4KiB", "eval.scores=[]", "train.chunk=32"],
+            "and tiles=3, chunk=32, remat=block, stream=false needs",
         ),
+        ("vit", "classes", ["method=lora", "memory_budget=1GiB"], "for language models, with"),
         ("internvl", "rows.jsonl", ["method=lora", "data.max_length=8"], "rows.jsonl:1: the"),
         ("vit", "broken", ["method=full"], "b/1.png cannot be read"),
         ("vit", "classes", ["method=full", "data.chat=true"], "data.chat"),

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from emloc_jax.cli import main
+from tests.memory.image_models import CASES
 
 FIGURES = [
     "hardware.to_host=16GB",
@@ -92,3 +93,49 @@ def test_a_budget_that_holds_nothing_is_refused_with_the_least(config_only, caps
 def test_plans_that_cannot_be_made(config_only, capsys, extra, words):
     assert main(["plan", "method=lora", f"source={config_only}", *extra]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def image_configs(tmp_path_factory):
+    """Folders of an InternVL and a FLUX without weights."""
+    root = tmp_path_factory.mktemp("shapes")
+    for name, (config, _) in CASES.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "words"),
+    [
+        ("internvl", ["method=streamed_lora"], "held whole"),
+        ("internvl", ["method=lsp", *FIGURES], "held whole"),
+        ("internvl", ["stream=true"], "stream=false"),
+        ("internvl", ["height=512", "width=512"], "height, width was given"),
+        ("internvl", ["activations=1GiB"], "activations was given"),
+        ("flux", [], "Give height and width"),
+        ("flux", ["height=512"], "pictures need both"),
+        ("flux", ["height=500", "width=512"], "multiples of 16"),
+        ("flux", ["height=512", "width=512", "tiles=2"], "tiles was given"),
+        ("flux", ["height=512", "width=512", "chunk=64"], "chunk was given"),
+        ("text", ["tiles=2"], "tiles was given"),
+        ("text", ["method=lsp", *FIGURES, "width=512"], "width was given"),
+    ],
+)
+def test_options_that_a_model_has_no_use_for(
+    config_only, image_configs, capsys, model, extra, words
+):
+    source = config_only if model == "text" else image_configs / model
+    assert main(["plan", f"source={source}", "method=lora", *extra]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_picture_is_planned(tmp_path, image_configs, capsys):
+    output = tmp_path / "plan.json"
+    asked = ["method=emulator", "height=32", "width=48", "length=5", "lora_rank=2"]
+    arguments = ["plan", f"source={image_configs / 'flux'}", *asked, f"output={output}"]
+    assert main(arguments) == 0
+    assert "emulator train" in capsys.readouterr().out
+    setting = json.loads(output.read_text())["setting"]
+    assert setting["latents"] == 6 and setting["stream"] is False
+    assert setting["where"] == ["(double|single)_layers/.*"] == setting["lora_where"]

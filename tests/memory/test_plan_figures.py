@@ -34,6 +34,8 @@ from emloc_jax.training import (
 from tests.memory.models import batch_of, real, tiny
 
 SETTING = Setting(batch_size=2, length=32, ratio=0.5, lora_rank=2, chunk=16)
+# Of every kernel that is factored, a dozen programs are compiled; two make two kinds.
+TWO = ("layers/self_attn/k_proj", "layers/mlp/down_proj")
 
 
 def real_step(abstract, params):
@@ -60,9 +62,15 @@ def real_emulator(abstract, params):
     return compress(noisy, None, kernels=kernels, ratios=SETTING.ratio)[0]
 
 
-def test_a_planned_step_is_the_step_that_runs():
+@pytest.fixture(scope="module")
+def emulated():
+    """A model in bf16 and an emulator of it."""
     abstract = tiny("bfloat16")
-    params = real_emulator(abstract, real(abstract.params))
+    return abstract, real_emulator(abstract, real(abstract.params))
+
+
+def test_a_planned_step_is_the_step_that_runs(emulated):
+    abstract, params = emulated
     step, given = real_step(abstract, params)
     ran = analysed(step.lower(*given))
     (planned,) = Planner(abstract).stages(emulator_training, SETTING)
@@ -71,9 +79,9 @@ def test_a_planned_step_is_the_step_that_runs():
     assert planned.parts["parameters"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def test_the_abstract_emulator_is_the_one_that_compress_makes():
-    abstract = tiny("bfloat16")
-    made = flatten_leaves(real_emulator(abstract, real(abstract.params)))
+def test_the_abstract_emulator_is_the_one_that_compress_makes(emulated):
+    abstract, params = emulated
+    made = flatten_leaves(params)
     planned = flatten_leaves(abstract_emulator(abstract, SETTING))
     assert {*made} == {*planned}
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (made, planned))
@@ -123,7 +131,8 @@ def test_bf16_layers_are_not_copied_in_fp32():
 
 
 def test_every_method_has_stages_that_add_up():
-    plan = Planner(tiny("bfloat16")).plan(methods(), SETTING.replace(calibration_rows=3))
+    setting = SETTING.replace(calibration_rows=3, where=TWO, lora_where=TWO)
+    plan = Planner(tiny("bfloat16")).plan(methods(), setting)
     assert [(s.method, s.name) for s in plan.stages] == [
         ("inference", "inference"),
         ("lora", "train"),

@@ -136,7 +136,7 @@ def test_a_lower_ratio_comes_before_fewer_tokens(planner):
 
 
 def test_a_budget_below_the_smallest_plan_says_the_minimum(planner):
-    least = planner.plan(["toy"], smallest(SETTING, ["toy"]))
+    least = planner.plan(["toy"], smallest(planner, ["toy"], SETTING))
     with pytest.raises(PlanError) as caught:
         require_fits(planner, ["toy"], SETTING, Budget(device=1000))
     message = str(caught.value)

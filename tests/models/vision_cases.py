@@ -10,6 +10,7 @@ import numpy as np
 from emloc_jax.models import (
     VisionConfig,
     image_token_masks,
+    layer_depths,
     model_from_config,
     stack_layers,
 )
@@ -33,7 +34,7 @@ class Case:
 def case(variant):
     config = our_config(variant)
     model = model_from_config(config, scan_layers=True)
-    params = stack_layers(our_params(variant), config.num_layers)
+    params = stack_layers(our_params(variant), layer_depths(config))
     if isinstance(config, VisionConfig):
         batch = {
             "pixels": images(variant, 4),

@@ -186,7 +186,7 @@ def test_training_the_emulator_takes_less_memory_than_training_the_original():
     inputs = {name: batch[name] for name in batch if name != "noise"}
     params = jax.eval_shape(model.init, jax.random.key(0), **inputs)["params"]
     kernels = find_kernels(model.apply, params, **inputs)
-    abstract: AbstractModel = AbstractModel("tiny", model, params, kernels)  # pyright: ignore
+    abstract = AbstractModel("tiny", model, params, kernels)
     setting = Setting(ratio=0.25, where=(BLOCKS,), lora_where=(BLOCKS,), lora_rank=4)
     tx = optax.sgd(0.1)
     step = make_train_step(

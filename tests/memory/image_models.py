@@ -1,0 +1,49 @@
+"""An InternVL and a FLUX that are small enough to allocate, as config.json describes them."""
+
+from emloc_jax.memory import Setting, abstract_model
+from tests.memory.models import CONFIG
+
+IMAGE_TOKEN = 95
+INTERNVL = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "vision_config": {
+        "model_type": "internvl_vision",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": [16, 16],
+        "patch_size": [4, 4],
+    },
+    "text_config": {k: v for k, v in CONFIG.items() if k != "architectures"},
+    "image_token_id": IMAGE_TOKEN,
+    "image_seq_length": 4,
+    "tie_word_embeddings": False,
+}
+FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 6, 6],
+}
+BOTH = ("vision/layers/.*", "layers/.*")
+BLOCKS = ("(double|single)_layers/.*",)
+WHOLE = Setting(batch_size=2, length=16, lora_rank=2, chunk=16, stream=False, calibration_rows=2)
+# name -> (config.json, setting)
+CASES = {
+    "internvl": (INTERNVL, WHOLE.replace(tiles=3, where=BOTH)),
+    "flux": (FLUX, WHOLE.replace(latents=6, where=BLOCKS, lora_where=BLOCKS)),
+}
+
+
+def tiny_case(name, dtype="bfloat16"):
+    """The abstract model of a case and a setting for it."""
+    config, setting = CASES[name]
+    return abstract_model(config, dtype=dtype, compute_dtype=dtype, name=name), setting
