@@ -50,7 +50,7 @@ MEASURED = {
 }
 
 
-def plans_of(name, setting, target):
+def plans_of(name, setting, target, *, training):
     """The number of parameters, and bytes by name of the stage."""
     planner = Planner(abstract_model(SHAPES / name, name=name), target)
     found = {}
@@ -64,7 +64,8 @@ def plans_of(name, setting, target):
     for ratio in RATIOS:
         for stage in planner.plan(["emulator"], setting.replace(ratio=ratio)).stages:
             note(f"emulator {ratio:g} alone: train", stage)
-    for stage in planner.plan(["emloc"], setting.replace(ratio=0.25)).stages:
+    others = [] if training else planner.plan(["emloc"], setting.replace(ratio=0.25)).stages
+    for stage in others:
         note(f"emloc 0.25, with the original: {stage.name}", stage)
     return planner.abstract.parameters, found
 
@@ -99,6 +100,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--training", action="store_true", help="no other stages of emloc")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     target = target_named(options.target)
@@ -106,15 +108,15 @@ def main():
     plans = {}
     for name in options.models:
         setting = MODELS[name].replace(batch_size=options.batch_size, chunk=options.chunk)
-        asked = {"setting": str(setting), "target": target.name}
+        asked = {"setting": str(setting), "target": target.name, "training": options.training}
         file = options.output / f"{name}.json"
         if file.exists():
             plans[name] = json.loads(file.read_text())
             if any(plans[name][key] != value for key, value in asked.items()):
-                parser.error(f"{file} is of another setting or target; give a new --output.")
+                parser.error(f"{file} is of other options; give a new --output.")
             continue
         began = time.perf_counter()
-        parameters, stages = plans_of(name, setting, target)
+        parameters, stages = plans_of(name, setting, target, training=options.training)
         seconds = time.perf_counter() - began
         plans[name] = {**asked, "parameters": parameters, "seconds": seconds, "stages": stages}
         file.write_text(json.dumps(plans[name], indent=2))

@@ -1,6 +1,8 @@
 """An InternVL and a FLUX that are small enough to allocate, as config.json describes them."""
 
-from emloc_jax.memory import Setting, abstract_model
+import functools
+
+from emloc_jax.memory import Planner, Setting, abstract_model
 from tests.memory.models import CONFIG
 
 IMAGE_TOKEN = 95
@@ -33,17 +35,19 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": [4, 6, 6],
 }
-BOTH = ("vision/layers/.*", "layers/.*")
-BLOCKS = ("(double|single)_layers/.*",)
+# A few kernels of every part: each costs time to compile.
+TILED = ("vision/layers/mlp/output", "layers/self_attn/k_proj", "layers/mlp/down_proj")
+DRAWN = ("double_layers/ff/inner", "single_layers/attn/to_q")
 WHOLE = Setting(batch_size=2, length=16, lora_rank=2, chunk=16, stream=False, calibration_rows=2)
 # name -> (config.json, setting)
 CASES = {
-    "internvl": (INTERNVL, WHOLE.replace(tiles=3, where=BOTH)),
-    "flux": (FLUX, WHOLE.replace(latents=6, where=BLOCKS, lora_where=BLOCKS)),
+    "internvl": (INTERNVL, WHOLE.replace(tiles=3, where=TILED, lora_where=TILED)),
+    "flux": (FLUX, WHOLE.replace(latents=6, where=DRAWN, lora_where=DRAWN)),
 }
 
 
-def tiny_case(name, dtype="bfloat16"):
-    """The abstract model of a case and a setting for it."""
+@functools.cache
+def tiny_case(name):
+    """A planner of the abstract model of a case, in bf16, and a setting for it."""
     config, setting = CASES[name]
-    return abstract_model(config, dtype=dtype, compute_dtype=dtype, name=name), setting
+    return Planner(abstract_model(config, name=name)), setting

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from emloc_jax._program_memory import analysed
 from emloc_jax.adapters import attach
 from emloc_jax.errors import ConfigError, PlanError
 from emloc_jax.kernels import intercept
@@ -22,7 +21,7 @@ from emloc_jax.memory import (
     target_named,
 )
 from emloc_jax.memory._emloc_stages import calibration, emulator_alone, emulator_training, merging
-from emloc_jax.memory._stage import tree_bytes
+from emloc_jax.memory._stage import quick_figures, tree_bytes
 from emloc_jax.memory._trained_stages import inference
 from emloc_jax.models import grid_ids, image_token_masks
 from emloc_jax.training import (
@@ -35,7 +34,7 @@ from emloc_jax.training import (
     make_schedule,
     make_train_step,
 )
-from tests.memory.image_models import BOTH, CASES, IMAGE_TOKEN, WHOLE, tiny_case
+from tests.memory.image_models import CASES, IMAGE_TOKEN, WHOLE, tiny_case
 from tests.memory.models import batch_of, real, tiny
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -76,7 +75,8 @@ def real_batch(name, setting, config):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_planned_step_is_the_step_that_runs(name):
-    abstract, setting = tiny_case(name)
+    planner, setting = tiny_case(name)
+    abstract = planner.abstract
     batch = real_batch(name, setting, abstract.model.config)
     shapes = abstract.kind.batch(setting, setting.batch_size)
     described = jax.tree.map(lambda a: (a.shape, a.dtype), (dict(batch), shapes))
@@ -91,8 +91,8 @@ def test_a_planned_step_is_the_step_that_runs(name):
         schedule=schedule,
     )
     state = init_state(real(abstract_adapters(abstract, setting)), tx)
-    ran = analysed(step.lower(state, real(abstract_emulator(abstract, setting)), batch))
-    (planned,) = Planner(abstract).stages(emulator_alone, setting)
+    ran = quick_figures(step.lower(state, real(abstract_emulator(abstract, setting)), batch))
+    (planned,) = planner.stages(emulator_alone, setting)
     assert planned.program == ran and planned.device == ran.peak
     # As `finetune` trains, the original's kernels lie beside it.
     beside = next(emulator_training(abstract, setting, target_named())).resident
@@ -101,8 +101,8 @@ def test_a_planned_step_is_the_step_that_runs(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_other_stages_hold_the_original_whole(name):
-    abstract, setting = tiny_case(name)
-    planner, whole = Planner(abstract), tree_bytes(abstract.params)
+    planner, setting = tiny_case(name)
+    whole = tree_bytes(planner.abstract.params)
     for maker in (inference, calibration, merging):
         (stage,) = planner.stages(maker, setting)
         assert stage.parts["parameters"] >= whole, stage.name
@@ -110,7 +110,8 @@ def test_other_stages_hold_the_original_whole(name):
 
 
 def test_a_mask_for_each_part_of_an_internvl():
-    abstract, setting = tiny_case("internvl")
+    planner, setting = tiny_case("internvl")
+    abstract = planner.abstract
     batch = real_batch("internvl", setting, abstract.model.config)
     masks, expected = abstract.kind.mask(batch), image_token_masks(batch)
     assert masks.keys() == expected.keys()
@@ -118,8 +119,7 @@ def test_a_mask_for_each_part_of_an_internvl():
 
 
 def test_streaming_is_not_proposed_for_what_is_held_whole():
-    abstract, setting = tiny_case("internvl", "float32")
-    planner = Planner(abstract)
+    planner, setting = tiny_case("internvl")
     room = Budget(device=planner.plan(["inference"], setting).device - 1)
     found = nearest(planner, ["inference"], setting, room)
     assert found is not None and not found.stream and found.tiles == 3
@@ -140,9 +140,9 @@ def test_streaming_is_not_proposed_for_what_is_held_whole():
     ],
 )
 def test_rows_that_a_model_does_not_read(name, changes, words):
-    abstract = tiny() if name == "text" else tiny_case(name)[0]
+    planner = Planner(tiny()) if name == "text" else tiny_case(name)[0]
     with pytest.raises(ConfigError, match=words):
-        Planner(abstract).plan(["inference"], WHOLE.replace(where=BOTH, **changes))
+        planner.plan(["inference"], WHOLE.replace(**changes))
 
 
 def test_sizes_below_zero():
