@@ -9,7 +9,7 @@ scratch to answer, in one word: which colour is the SHAPE, which shape is COLOUR
 how many. It is then fine-tuned on 1,280 pictures in another style (outlines on stripes), asked in
 words that it has never read, and tested on new pictures of that kind. Everything is compressed and
 gets adapters: image encoder, projector and decoder; `--where` says what instead. Pre-training takes
-about TIME, a seed about as long.
+about ten minutes of two busy cores, and so does a seed.
 """
 
 import argparse
