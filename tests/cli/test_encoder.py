@@ -394,4 +394,5 @@ def test_rows_and_models_that_do_not_belong_together(
     assert "does not name its classes" in refused("eval", *unnamed)
     bert = [f"model.source={encoders}/bert", f"data.test={words_csv}", columns]
     assert "no classification head to evaluate" in refused("eval", *bert)
-    assert "is a bert encoder" in refused("generate", bert[0], "prompt=[cat]")
+    assert main(["generate", bert[0], "prompt=[cat]"]) == 2
+    assert "is a bert encoder" in " ".join(capsys.readouterr().err.split())
