@@ -328,7 +328,7 @@ def test_full_training_on_scores_of_sts_b(tmp_path, encoders):
     "extra, words",
     [
         (["method=lora", "stream=true"], "only language models of text"),
-        (["method=lora", "memory_budget=1GiB"], "plans are for language models"),
+        (["method=lora", "memory_budget=1GiB"], "are for language models"),
         (["method=lora", "lora.where=['classifier']"], "is trained whole anyway"),
         (
             ["method=emloc", "emulator.ratio=0.5", "emulator.where=['pooler','classifier']"],
