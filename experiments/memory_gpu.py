@@ -4,19 +4,22 @@
     python experiments/memory_gpu.py --output memory_gpu.jsonl --table
     JAX_PLATFORMS=cpu python experiments/memory_gpu.py --output tiny.jsonl --models smollm2-135m
 
-Random weights in bf16 are made on the device from `configs/shapes`; a step of 1 x 1024 tokens is
-that of `emloc finetune`. Each run is a process of its own, whose allocator is capped by
-XLA_PYTHON_CLIENT_MEM_FRACTION. First inference of the original runs without a cap and gives its
-peak. Then train, each under its cap:
+Random weights in bf16 are made on the device from `configs/shapes`; a step is that of `emloc
+finetune`, or of the diffusion guide for FLUX: of 1 x 1024 tokens, of seven tiles and 256 tokens
+(InternVL), or of a picture of 512 by 512 pixels and a prompt of 512 tokens (FLUX). Each run is a
+process of its own, whose allocator is capped by XLA_PYTHON_CLIENT_MEM_FRACTION. First inference of
+the original runs without a cap and gives its peak. Then train, each under its cap:
 
-- the 8B's emulator at ratio 0.5 within the peak of inference, at 0.25 within 0.60 of it;
+- emulators of the 8B, of InternVL2.5-8B and of FLUX.1-dev at ratio 0.5 within the peak of
+  inference, at 0.25 within 0.60 of it;
 - the 38B's emulator at the paper's ratio, 0.1, within 24 GB (its original is never there);
-- LoRA on the 8B's original within those caps, which has to fail: with the fp32 state of adapters
-  and the activations of a backward pass it takes more than inference.
+- LoRA on the original within those caps, which has to fail: with the fp32 state of adapters and the
+  activations of a backward pass it takes more than inference.
 
 Recorded beside each other: the planned peak of the compiled step, the allocator's peak, and the
 time of a step. A run that ends for want of memory is a result and recorded as one. The 8B needs a
-card of 24 GB or more. On a CPU nothing is capped and no allocator is read: only times and plans.
+card of 24 GB or more, FLUX.1-dev one of 40. On a CPU nothing is capped and no allocator is read:
+only times and plans.
 """
 
 import argparse
@@ -46,28 +49,57 @@ def runs_of(model, ratios, paper):
     }
 
 
+def setting_of(kind, ratio):
+    """The rows of a step, by what a model reads."""
+    from emloc_jax.memory import Setting
+
+    if kind.has_pictures:
+        blocks = (kind.layers,)
+        return Setting(
+            ratio=ratio, latents=1024, length=512, where=blocks, lora_where=blocks, stream=False
+        )
+    if kind.has_tiles:
+        everywhere = ("vision/layers/.*", "layers/.*")
+        return Setting(ratio=ratio, tiles=7, length=256, where=everywhere, chunk=64, stream=False)
+    return Setting(ratio=ratio, chunk=64)
+
+
+def batch_of(found, setting):
+    """One row: drawn words or latents, every image token before the text."""
+    import numpy as np
+
+    rng, config = np.random.default_rng(0), found.model.config
+    batch = {}
+    for name, leaf in found.kind.batch(setting, 1).items():
+        drawn = rng.standard_normal(leaf.shape) if leaf.dtype == np.float32 else np.ones(leaf.shape)
+        batch[name] = drawn.astype(leaf.dtype)
+    for name in {"weights", "timesteps", "guidance"} & batch.keys():
+        batch[name] = np.full(batch[name].shape, 0.5, np.float32)
+    if "tokens" in batch:
+        tokens = rng.integers(0, config.vocab_size - 1, batch["tokens"].shape).astype(np.int32)
+        if setting.tiles:
+            tokens[tokens == config.image_token_id] = 0
+            tokens[:, : found.kind.image_tokens(setting)] = config.image_token_id
+        places = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        batch |= {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": places}
+    return batch
+
+
 def child(model, kind, ratio, steps):
     """One run; prints a line of JSON."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from emloc_jax._compiling import loop_options
     from emloc_jax._program_memory import analysed
     from emloc_jax.adapters import attach
     from emloc_jax.kernels import intercept
-    from emloc_jax.memory import Setting, abstract_adapters, abstract_emulator, abstract_model
-    from emloc_jax.training import (
-        init_state,
-        make_loss,
-        make_optimizer,
-        make_schedule,
-        make_train_step,
-    )
+    from emloc_jax.memory import abstract_adapters, abstract_emulator, abstract_model
+    from emloc_jax.training import init_state, make_optimizer, make_schedule, make_train_step
 
     device = jax.local_devices()[0]
     found = abstract_model(SHAPES / model)
-    setting = Setting(ratio=ratio or 0.5, chunk=64)
+    setting = setting_of(found.kind, ratio or 0.5)
     shapes = abstract_emulator(found, setting) if kind == "emulator" else found.params
     leaves, tree = jax.tree.flatten(shapes)
 
@@ -79,28 +111,22 @@ def child(model, kind, ratio, steps):
         return jax.block_until_ready(make(jax.random.key(number)))
 
     frozen = tree.unflatten([drawn(n, leaf) for n, leaf in enumerate(leaves)])
-    rng = np.random.default_rng(0)
-    vocabulary = found.model.config.vocab_size
-    tokens = rng.integers(0, vocabulary, (1, setting.length)).astype(np.int32)
-    batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in setting.batch().items()}
-    batch |= {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
-    batch["positions"] = np.arange(setting.length, dtype=np.int32)[None]
+    batch = batch_of(found, setting)
     apply = intercept(found.model.apply)
 
     if kind == "inference":
-
-        def infer(params, tokens):
-            hidden = apply({"params": params}, tokens, method="hidden")
-            return apply({"params": params}, hidden[:, -1], method="logits")
-
-        program = jax.jit(infer, compiler_options=loop_options())
-        planned = analysed(program.lower(frozen, tokens)).peak
-        run = lambda: program(frozen, tokens)  # noqa: E731
+        batch = {name: batch[name] for name in found.kind.inference_batch(setting, 1)}
+        program = jax.jit(
+            lambda params, batch: found.kind.inference(apply, params, batch),
+            compiler_options=loop_options(),
+        )
+        planned = analysed(program.lower(frozen, batch)).peak
+        run = lambda: program(frozen, batch)  # noqa: E731
     else:
         schedule = make_schedule(1e-3, steps=100, warmup=5)
         tx = make_optimizer(schedule)
         step = make_train_step(
-            make_loss(apply, chunk=setting.chunk),
+            found.kind.loss(apply, setting.chunk),
             tx,
             schedule=schedule,
             combine=lambda adapters, frozen, key: attach(frozen, adapters),
@@ -205,7 +231,9 @@ def table(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "38b"])
+    parser.add_argument(
+        "--models", nargs="+", default=["llama-3.1-8b", "38b", "internvl2.5-8b", "flux.1-dev"]
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1], help="of the 38B")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--table", action="store_true", help="only print what is there")
