@@ -51,3 +51,15 @@ def tiny_case(name):
     """A planner of the abstract model of a case, in bf16, and a setting for it."""
     config, setting = CASES[name]
     return Planner(abstract_model(config, name=name)), setting
+
+
+def wide(name):
+    """The config of a case with larger blocks, for what is only compiled."""
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    heads = dict(num_attention_heads=4)
+    if name == "flux":
+        return FLUX | dict(attention_head_dim=64, axes_dims_rope=[16, 24, 24], **heads)
+    return INTERNVL | {
+        "vision_config": INTERNVL["vision_config"] | sizes | heads,
+        "text_config": INTERNVL["text_config"] | sizes | heads | dict(num_key_value_heads=2),
+    }

@@ -34,7 +34,7 @@ from emloc_jax.training import (
     make_schedule,
     make_train_step,
 )
-from tests.memory.image_models import CASES, IMAGE_TOKEN, WHOLE, tiny_case
+from tests.memory.image_models import CASES, IMAGE_TOKEN, WHOLE, tiny_case, wide
 from tests.memory.models import batch_of, real, tiny
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -97,6 +97,20 @@ def test_a_planned_step_is_the_step_that_runs(name):
     # As `finetune` trains, the original's kernels lie beside it.
     beside = next(emulator_training(abstract, setting, target_named())).resident
     assert 0 < beside["original"] < tree_bytes(abstract.params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_on_the_emulator_takes_less_than_running_the_original(name):
+    """By the compiler's own figures, in fp32, where weights outweigh activations."""
+    abstract = abstract_model(wide(name), dtype="float32", compute_dtype="float32")
+    where, rows = (abstract.kind.layers,), dict(latents=6, length=4)
+    if name == "internvl":
+        where, rows = (*where, "vision/layers/.*"), dict(tiles=1, length=4)
+    setting = Setting(
+        ratio=0.25, where=where, lora_where=where, lora_rank=4, chunk=8, stream=False, **rows
+    )
+    infer, train = Planner(abstract).plan(["inference", "emulator"], setting).stages
+    assert train.device < infer.device
 
 
 @pytest.mark.parametrize("name", CASES)
