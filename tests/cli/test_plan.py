@@ -132,10 +132,10 @@ def test_options_that_a_model_has_no_use_for(
 
 def test_a_picture_is_planned(tmp_path, image_configs, capsys):
     output = tmp_path / "plan.json"
-    asked = ["method=emulator", "height=32", "width=48", "length=5", "lora_rank=2"]
+    asked = ["method=inference", "height=32", "width=48", "length=5", "lora_rank=2"]
     arguments = ["plan", f"source={image_configs / 'flux'}", *asked, f"output={output}"]
     assert main(arguments) == 0
-    assert "emulator train" in capsys.readouterr().out
+    assert "and latents=6, remat=block, stream=false" in " ".join(capsys.readouterr().out.split())
     setting = json.loads(output.read_text())["setting"]
     assert setting["latents"] == 6 and setting["stream"] is False
     assert setting["where"] == ["(double|single)_layers/.*"] == setting["lora_where"]
