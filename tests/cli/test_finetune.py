@@ -46,7 +46,7 @@ def check_ledger(report, run):
         assert row["seconds"] > 0 and row["resident_peak"]["at_most"] > 2**20
 
 
-@pytest.mark.parametrize("scan", ["true", "false"])
+@pytest.mark.parametrize("scan", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_emloc_leaves_what_it_promises(tmp_path, model_folder, common, scan):
     run = tmp_path / "run"
     assert main(["finetune", *common, f"output={run}", f"model.scan_layers={scan}"]) == 0

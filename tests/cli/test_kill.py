@@ -50,8 +50,14 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, runs, start):
 
 @pytest.mark.parametrize(
     "options",
-    [["train.clip=null"], ["train.accumulation=2", "lsp.wire=bfloat16"]],
-    ids=["alone", "accumulation"],
+    [
+        pytest.param(["train.clip=null"], id="alone"),
+        pytest.param(
+            ["train.accumulation=2", "lsp.wire=bfloat16"],
+            id="accumulation",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_killed_lsp_run_ends_with_the_same_bits(tmp_path, runs, start, options):
     """Killed in a check of the projectors, while a checkpoint is written, and anywhere."""

@@ -36,6 +36,7 @@ def test_streamed_lora_leaves_the_bytes_of_lora_in_memory(tmp_path, common):
     assert report(streamed)["facts"]["training step_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_streamed_emloc_leaves_the_bytes_of_emloc_in_memory(tmp_path, common):
     extra = ["polish.steps=3", "lora.dropout=0.1", "train.accumulation=2", "eval.rows=4"]
     for stream in ("true", "false"):
