@@ -55,10 +55,10 @@ def stream_merge(
       AdapterMismatchError: an adapter fits no kernel, or a parameter was trained whole.
       CheckpointError, NonFiniteError: see `save_pretrained`; finished shards stay.
     """
-    adapters = {} if adapters is None else lora_alone(adapters, "A streamed merge")
-    fitting_leaves(base.params, adapters)  # refuses those that do not fit
+    lora = lora_alone({} if adapters is None else adapters, "A streamed merge")
+    fitting_leaves(base.params, lora)  # refuses those that do not fit
     source = CheckpointBlocks(base)
-    own = {part: one for path, a in adapters.items() for part, one in split_adapter(path, a)}
+    own = {part: one for path, a in lora.items() for part, one in split_adapter(path, a)}
 
     def read(path: str) -> np.ndarray:
         array = source.parameter(path)
